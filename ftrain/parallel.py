@@ -1,0 +1,294 @@
+"""From a plan's placements to communication: the one place that knows both.
+
+`shard_model` turns placements into buckets, each a set of parameters that one collective gathers;
+`parallel_ops` derives, from a record of ops for one device, the record for this rank of the mesh.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from .collectives import Group, all_gather, all_reduce, all_to_all, group_over, reduce_scatter, swap
+from .experts import combine, grouped_mlp, permute, sort_by_expert
+from .layout import Pieces
+from .ops import Ops
+from .remat import remat
+from .specs import ParamSpec
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters that are gathered by one all-gather, and their gradients reduced by one reduce-scatter.
+
+    gather: the ranks that hold the other pieces. reduce: the ranks that hold copies of this
+    rank's pieces, over which gradients are summed besides.
+    """
+
+    names: tuple[str, ...]
+    pieces: tuple[Pieces, ...]
+    gather: Group
+    reduce: Group
+    dtype: torch.dtype
+
+    def gathered(self, shards: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """This rank's pieces -> the whole parameters, in the compute dtype."""
+        shards = tuple(s.to(self.dtype) for s in shards)
+        if self.gather.size == 1:
+            # An autograd.Function may not return its input itself.
+            return tuple(s.view_as(s) for s in shards)
+        rows = all_gather(torch.cat([p.pad(s) for p, s in zip(self.pieces, shards)]), self.gather)
+        parts = rows.split([p.numel for p in self.pieces], 1)
+        return tuple(p.assemble(part) for p, part in zip(self.pieces, parts))
+
+    def reduced(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Each rank's gradients of the whole parameters -> fp32 sums over all ranks, for this rank's pieces."""
+        rows = torch.cat([p.take_apart(g.float()) for p, g in zip(self.pieces, grads)], 1)
+        own = all_reduce(reduce_scatter(rows, self.gather), self.reduce)
+        parts = own.split([p.numel for p in self.pieces])
+        return tuple(p.unpad(part, p.shapes[self.gather.rank]) for p, part in zip(self.pieces, parts))
+
+
+class Gather(torch.autograd.Function):
+    """Gather on use; the backward reduces the gradients, in fp32 whatever the compute dtype."""
+
+    @staticmethod
+    def forward(ctx, bucket: Bucket, *shards: Tensor):
+        ctx.bucket = bucket
+        return bucket.gathered(shards)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        return None, *ctx.bucket.reduced(grads)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """A model's parameters on a mesh, for this rank.
+
+    placements: of each parameter, over the device mesh's dimensions.
+    copies: how many ranks hold each element of a parameter (and of its gradient).
+    buckets: of each parameter group: the layer `prefix.i`, or a parameter outside the layers.
+    expert_slots: None where experts are gathered like any weight; else the place of each expert
+        in the order (ep rank, index within the rank), tokens being sent to them.
+    """
+
+    mesh: DeviceMesh
+    placements: dict[str, tuple[Placement, ...]]
+    copies: dict[str, int]
+    buckets: dict[str, tuple[Bucket, ...]]
+    expert_slots: tuple[int, ...] | None
+    world: Group
+    sp: Group
+    ep: Group
+
+
+def group_key(name: str) -> str:
+    """The group a parameter is gathered with: its layer (the name up to its first number), or itself."""
+    match = re.match(r".*?\.\d+(?=\.)", name)
+    return match.group() if match else name
+
+
+def shard_model(
+    specs: Mapping[str, ParamSpec],
+    placements: Mapping[str, tuple[Placement, ...]],
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+) -> Sharding:
+    """Group the parameters into buckets, and make the process groups they need.
+
+    Raises ValueError where the placements of experts cannot be served.
+    """
+    axes = mesh.mesh_dim_names
+    sizes = dict(zip(axes, mesh.shape))
+    slots = _expert_slots(specs, placements, axes, sizes)
+    members: dict[tuple[str, tuple[str, ...], tuple[str, ...]], list[str]] = {}
+    for name, spec in specs.items():
+        cut = [a for a, p in zip(axes, placements[name]) if isinstance(p, Shard) and sizes[a] > 1]
+        sent_to = spec.experts and slots is not None
+        gather = tuple(a for a in cut if not (sent_to and a == "ep"))
+        copied = tuple(a for a in axes if sizes[a] > 1 and a not in cut)
+        members.setdefault((group_key(name), gather, copied), []).append(name)
+
+    buckets: dict[str, tuple[Bucket, ...]] = {}
+    copies: dict[str, int] = {}
+    for (key, gather, copied), names in members.items():
+        pieces = []
+        for name in names:
+            shape = list(specs[name].shape)
+            if specs[name].experts and slots is not None:
+                shape[0] //= sizes["ep"]
+            dims = [p.dim for a, p in zip(axes, placements[name]) if a in gather]
+            pieces.append(Pieces(shape, dims, [sizes[a] for a in gather]))
+        reduce = group_over(mesh, copied)
+        copies.update(dict.fromkeys(names, reduce.size))
+        bucket = Bucket(tuple(names), tuple(pieces), group_over(mesh, gather), reduce, dtype)
+        buckets[key] = (*buckets.get(key, ()), bucket)
+    return Sharding(
+        mesh, dict(placements), copies, buckets, slots,
+        world=group_over(mesh, axes), sp=group_over(mesh, ("sp",)), ep=group_over(mesh, ("ep",)),
+    )  # fmt: skip
+
+
+def _expert_slots(specs, placements, axes, sizes) -> tuple[int, ...] | None:
+    """Where a plan keeps experts on `ep` (Shard(0) there), the slot of each; None where it does not."""
+    at_ep = axes.index("ep")
+    found: dict[tuple[int, ...] | None, str] = {}
+    for name, spec in specs.items():
+        if not spec.experts or sizes["ep"] == 1:
+            continue
+        if placements[name][at_ep] != Shard(0):
+            found.setdefault(None, name)
+            continue
+        E = spec.shape[0]
+        cuts = [(a, sizes[a]) for a, p in zip(axes, placements[name]) if p == Shard(0)]
+        n = 1
+        for _, size in cuts:
+            n *= size
+        if E % n:
+            over = " x ".join(f"{a} {size}" for a, size in cuts)
+            valid = [d for d in range(1, E + 1) if E % d == 0]
+            raise ValueError(
+                f"{E} experts are not divisible by {over} ({name}): experts are kept whole, so "
+                f"the dimensions that shard them must multiply to one of {valid}"
+            )
+        # Ownership alternates where an outer dimension cuts the experts too: list who owns which.
+        owned: list[list[int]] = [[] for _ in range(sizes["ep"])]
+        index = iter(range(E))
+        for at in product(*(range(size) for _, size in cuts)):
+            ep_rank = at[[a for a, _ in cuts].index("ep")]
+            owned[ep_rank] += [next(index) for _ in range(E // n)]
+        order = [expert for experts in owned for expert in experts]
+        found.setdefault(tuple(order.index(e) for e in range(E)), name)
+    if len(found) > 1:
+        names = " and ".join(found.values())
+        raise ValueError(f"the plan places experts differently ({names}): all must be on `ep` alike, or none")
+    return next(iter(found)) if found else None
+
+
+class Gathered(Mapping):
+    """The parameters as a model sees them: reading a name gathers it, whole and in the compute dtype."""
+
+    def __init__(self, shards: Mapping[str, Tensor], buckets: Mapping[str, tuple[Bucket, ...]]):
+        self.shards, self.buckets = shards, buckets
+        self.seen: dict[str, Tensor] = {}  # a tied table is gathered once, and its gradient reduced once
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.seen:
+            self.seen.update(gather_group(self.buckets[group_key(name)], self.shards))
+        return self.seen[name]
+
+    def __iter__(self):
+        return iter(self.shards)
+
+    def __len__(self):
+        return len(self.shards)
+
+
+def gather_group(buckets: tuple[Bucket, ...], shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for bucket in buckets:
+        out.update(zip(bucket.names, Gather.apply(bucket, *(shards[name] for name in bucket.names))))
+    return out
+
+
+def parallel_ops(ops: Ops, sharding: Sharding, policy: str, grouped_mm: Callable[..., Tensor]) -> Ops:
+    """`ops`, with its functions made to mean the same on this rank's part of the batch and sequence.
+
+    policy: what a layer recomputes in the backward (remat.py). Its parameters are `Gathered`.
+    """
+    sp = sharding.sp
+
+    def mask(segment_ids: Tensor, window: int | None = None):
+        whole = all_gather(segment_ids, sp).transpose(0, 1).flatten(1) if sp.size > 1 else segment_ids
+        return ops.mask(whole, window)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, m) -> Tensor:
+        """Ulysses (arXiv 2309.14509): the whole sequence of some heads, in place of some tokens of all heads."""
+        if sp.size == 1:
+            return ops.attention(q, k, v, m)
+        repeats = kv_repeats(q.shape[2], k.shape[2], sp.size)
+        k, v = (t.repeat_interleave(repeats, 2) if repeats > 1 else t for t in (k, v))
+        q, k, v = (heads_for_tokens(t, sp) for t in (q, k, v))
+        return tokens_for_heads(ops.attention(q, k, v, m), sp)
+
+    def scan(block, p: Gathered, prefix: str, n: int, x: Tensor) -> tuple[Tensor, list]:
+        ys = []
+        for layer in range(n):
+            key = f"{prefix}.{layer}"
+            buckets = p.buckets[key]
+            names = [name for bucket in buckets for name in bucket.names]
+
+            def run(x, *shards, key=key, buckets=buckets, names=names, layer=layer):
+                gathered = gather_group(buckets, dict(zip(names, shards)))
+                return block({name[len(key) + 1 :]: t for name, t in gathered.items()}, x, layer)
+
+            x, y = remat(run, policy)(x, *(p.shards[name] for name in names))
+            ys.append(y)
+        return x, ys
+
+    experts = partial(ops.experts, grouped_mm=grouped_mm)
+    if sharding.expert_slots is not None:
+        experts = dispatching_experts(sharding.ep, sharding.expert_slots, grouped_mm)
+    return replace(ops, mask=mask, attention=attention, experts=experts, scan=scan)
+
+
+def kv_repeats(heads: int, kv_heads: int, sp: int) -> int:
+    """How often each key/value head is repeated so that `sp` ranks share them evenly, as few times as possible.
+
+    Raises ValueError where the query heads cannot be split.
+    """
+    if heads % sp:
+        valid = [n for n in range(1, heads + 1) if heads % n == 0]
+        raise ValueError(f"{heads} attention heads are not divisible by sp {sp}: valid sizes of --mesh.sp are {valid}")
+    group = heads // kv_heads
+    return next(n for n in range(1, group + 1) if group % n == 0 and kv_heads * n % sp == 0)
+
+
+def heads_for_tokens(x: Tensor, sp: Group) -> Tensor:
+    """[B, S/sp, N, D] -> [B, S, N/sp, D]"""
+    B, S, N, D = x.shape
+    x = swap(x.view(B, S, sp.size, N // sp.size, D).permute(2, 0, 1, 3, 4), sp)
+    return x.transpose(0, 1).reshape(B, sp.size * S, N // sp.size, D)
+
+
+def tokens_for_heads(x: Tensor, sp: Group) -> Tensor:
+    """[B, S, N/sp, D] -> [B, S/sp, N, D]"""
+    B, S, N, D = x.shape
+    x = swap(x.reshape(B, sp.size, S // sp.size, N, D).transpose(0, 1), sp)
+    return x.permute(1, 2, 0, 3, 4).reshape(B, S // sp.size, sp.size * N, D)
+
+
+def dispatching_experts(ep: Group, slots: tuple[int, ...], grouped_mm: Callable[..., Tensor]):
+    """`ops.experts` where each ep rank keeps E/ep experts: tokens go to their experts and come back.
+
+    Dropless: the number of rows sent to each rank follows the routing, step by step.
+    """
+    E = len(slots)
+    in_order = slots == tuple(range(E))
+
+    def experts(x: Tensor, weight: Tensor, index: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        slot = index if in_order else torch.tensor(slots, device=index.device)[index]
+        order, inverse, counts = sort_by_expert(slot, E)  # rows grouped by ep rank, then by its expert
+        arriving = swap(counts.view(ep.size, E // ep.size), ep)  # [from rank, my expert]
+        sent, received = counts.view(ep.size, -1).sum(1).tolist(), arriving.sum(1).tolist()
+        for n in (*sent, *received):
+            torch._check(n >= 0)
+        rows = permute(x, order, inverse, index.shape[1])
+        rows = all_to_all(rows, received, sent, ep)  # grouped by rank they came from, then by expert
+
+        expert = torch.arange(E // ep.size, device=x.device).repeat(ep.size)
+        expert = torch.repeat_interleave(expert, arriving.flatten(), output_size=rows.shape[0])
+        here, back, mine = sort_by_expert(expert, E // ep.size)
+        done = grouped_mlp(permute(rows, here, back), mine, gate, up, down, grouped_mm)
+        rows = all_to_all(permute(done, back, here), sent, received, ep)
+        return combine(rows, weight, order, inverse)
+
+    return experts

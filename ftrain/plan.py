@@ -1,0 +1,67 @@
+"""Plans: looked up by name or by file, asked for every parameter, and held to their word."""
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.placement_types import Placement
+
+from . import plans
+from .layout import check_placements
+from .mesh import Mesh
+from .specs import ParamSpec
+
+# (name, shape, mesh) -> one placement for each of (fsdp, sp, ep)
+Plan = Callable[[str, tuple[int, ...], Mesh], list[Placement]]
+
+
+def plan_names() -> list[str]:
+    """The plans of the zoo: each module of plans/ holds a function of its own name."""
+    return sorted(module.name for module in pkgutil.iter_modules(plans.__path__))
+
+
+def find_plan(which: str) -> Plan:
+    """A plan by its name in plans/, or `file.py:function`. Raises ValueError naming what is valid."""
+    if ":" in which or which.endswith(".py"):
+        path, _, function = which.rpartition(":") if ":" in which else (which, "", Path(which).stem)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--plan {which}: there is no file {path}")
+        spec = importlib.util.spec_from_file_location(f"ftrain_user_plan_{Path(path).stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise ValueError(f"--plan {which}: {path} cannot be imported: {type(error).__name__}: {error}") from error
+        plan = getattr(module, function, None)
+        if not callable(plan):
+            found = [n for n, f in vars(module).items() if callable(f) and getattr(f, "__module__", "") == spec.name]
+            raise ValueError(f"--plan {which}: {path} has no function {function!r}; it has {', '.join(found) or 'none'}")
+        return plan
+    names = plan_names()
+    if which not in names:
+        close = difflib.get_close_matches(which, names, 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"unknown plan {which!r}: {hint}Known plans: {', '.join(names)}, or file.py:function")
+    return getattr(importlib.import_module(f".plans.{which}", __package__), which)
+
+
+def ask(plan: Plan, specs: Mapping[str, ParamSpec], mesh: Mesh) -> dict[str, tuple[Placement, ...]]:
+    """The plan's placements of every parameter over (fsdp, sp, ep). Raises ValueError naming the parameter."""
+    answers = {}
+    for name, spec in specs.items():
+        try:
+            answer = plan(name, spec.shape, mesh)
+        except Exception as error:
+            raise ValueError(f"the plan fails for {name} {spec.shape}: {type(error).__name__}: {error}") from error
+        answers[name] = check_placements(name, spec.shape, answer, len(mesh))
+    return answers
+
+
+def over_replicas(placements: Mapping[str, tuple[Placement, ...]], replica: int) -> dict[str, tuple[Placement, ...]]:
+    """The placements on the device mesh, which has a `replica` dimension in front when there are replicas."""
+    front = (Replicate(),) if replica > 1 else ()
+    return {name: (*front, *p) for name, p in placements.items()}

@@ -1,0 +1,79 @@
+"""What a layer keeps for its backward, and what it computes again."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+POLICIES = ("none", "selective", "full")
+
+aten = torch.ops.aten
+c10d = torch.ops._c10d_functional
+
+# Attention counts as random for the compiler (it may have dropout), and a random op may not run
+# twice; nor may the exchange of row counts, whose integers shape all that follows.
+ONCE = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_fused_attention_overrideable.default,
+    aten._local_scalar_dense.default,
+    aten.bernoulli_.float,
+}
+# Products worth their memory when recomputing selectively, and rows that crossed the network.
+COSTLY = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten._scaled_mm.default,
+    c10d.all_to_all_single.default,
+}
+# Gathering weights, and what only rearranges them: never kept, so that a layer's weights are
+# released after use whatever the policy.
+GATHER = {
+    c10d.all_gather_into_tensor.default,
+    c10d.wait_tensor.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.slice.Tensor,
+    aten.narrow.default,
+    aten.unbind.int,
+    aten.select.int,
+    aten.cat.default,
+    aten.clone.default,
+    aten._to_copy.default,
+    aten.detach.default,
+    aten.alias.default,
+}
+
+
+def _keep(policy: str, ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    if op in ONCE:
+        keep = True
+    elif policy == "full":
+        keep = False
+    elif policy == "selective":
+        keep = op in COSTLY or "ftrain" in str(op)
+    else:
+        keep = op not in GATHER
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.MUST_RECOMPUTE
+
+
+def remat(layer: Callable, policy: str) -> Callable:
+    """`layer`, keeping for its backward only what the policy says.
+
+    none: all but the gathered weights. selective: matrix products, attention and rows that
+    crossed the network. full: the layer's input, and attention's output.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"--remat {policy}: valid policies are {', '.join(POLICIES)}")
+    contexts = partial(create_selective_checkpoint_contexts, partial(_keep, policy))
+    return partial(checkpoint, layer, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)

@@ -1,0 +1,84 @@
+"""The train state: DTensors with the plan's placements, from initialisation to checkpoint."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
+
+from .collectives import all_gather, group_over
+from .layout import Pieces, shard_slices
+from .specs import ParamSpec
+
+
+class State(NamedTuple):
+    """params, mu, nu: name -> fp32 DTensor (AdamW's moments carry the parameter's placements).
+    step: updates done, a 0-dim int64 tensor."""
+
+    params: dict[str, DTensor]
+    mu: dict[str, DTensor]
+    nu: dict[str, DTensor]
+    step: Tensor
+
+
+def place(piece: Tensor, shape: tuple[int, ...], placements: tuple[Placement, ...], mesh: DeviceMesh) -> DTensor:
+    """This rank's piece of a tensor of `shape` -> the DTensor, without communication."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * max(size, 1))
+    return DTensor.from_local(
+        piece, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides[: len(shape)])
+    )
+
+
+def own_slices(shape: tuple[int, ...], placements: tuple[Placement, ...], mesh: DeviceMesh) -> tuple[slice, ...]:
+    """What this rank holds of a tensor of `shape`."""
+    return shard_slices(shape, placements, mesh.shape, mesh.get_coordinate())
+
+
+def whole(t: DTensor) -> Tensor:
+    """The full tensor, on every rank, by one all-gather. Every rank must call it."""
+    mesh = t.device_mesh
+    cut = [(a, p.dim, n) for a, p, n in zip(mesh.mesh_dim_names, t.placements, mesh.shape) if p.is_shard() and n > 1]
+    pieces = Pieces(t.shape, [dim for _, dim, _ in cut], [n for _, _, n in cut])
+    if not cut:
+        return t.to_local()
+    return pieces.assemble(all_gather(pieces.pad(t.to_local()), group_over(mesh, [a for a, _, _ in cut])))
+
+
+def initial(name: str, spec: ParamSpec, seed: int) -> Tensor:
+    """A parameter's initial value: of the seed and its name alone, so that it is the same on every mesh."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return spec.init(spec.shape, torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1))
+
+
+def make_state(
+    specs: Mapping[str, ParamSpec],
+    placements: Mapping[str, tuple[Placement, ...]],
+    mesh: DeviceMesh,
+    values: Callable[[str, ParamSpec, tuple[slice, ...]], Tensor],
+) -> State:
+    """A state at step 0. `values(name, spec, slices)` gives this rank's piece of each parameter."""
+    device = torch.device(mesh.device_type)
+    params = {}
+    for name, spec in specs.items():
+        slices = own_slices(spec.shape, placements[name], mesh)
+        # clone: a contiguous piece of its own, not a view that keeps the whole tensor alive
+        piece = values(name, spec, slices).to(device, torch.float32).clone(memory_format=torch.contiguous_format)
+        params[name] = place(piece, spec.shape, placements[name], mesh)
+
+    def zeros() -> dict[str, DTensor]:
+        return {
+            name: place(torch.zeros_like(p.to_local()), p.shape, p.placements, mesh) for name, p in params.items()
+        }
+
+    return State(params, zeros(), zeros(), torch.zeros((), dtype=torch.int64, device=device))
+
+
+def init_state(specs, placements, mesh: DeviceMesh, seed: int) -> State:
+    """Random initial parameters, the same on every mesh. Holds one whole parameter at a time."""
+    return make_state(specs, placements, mesh, lambda name, spec, slices: initial(name, spec, seed)[slices])
