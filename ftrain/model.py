@@ -1,0 +1,103 @@
+"""Finding a model: by preset name, by directory, or by its Hugging Face config."""
+
+import difflib
+import importlib
+import json
+import os
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from . import models
+from .ops import Output, fill_batch, plain
+from .specs import ParamSpec
+
+
+@dataclass(frozen=True)
+class Model:
+    """family: the config's `model_type`; hf: the config as read; cfg: as the family reads it;
+    specs: every parameter; forward: (p, batch, ops) -> Output."""
+
+    family: str
+    hf: dict
+    cfg: Any
+    specs: dict[str, ParamSpec]
+    forward: Callable[..., Output]
+
+
+def families() -> dict[str, Any]:
+    """The family modules in the models folder, by `model_type`: those that have presets."""
+    names = [module.name for module in pkgutil.iter_modules(models.__path__)]
+    modules = {name: importlib.import_module(f"{models.__name__}.{name}") for name in names}
+    return {name: module for name, module in modules.items() if hasattr(module, "PRESETS")}
+
+
+def presets() -> dict[str, dict]:
+    """Every preset of every family: name -> config."""
+    return {name: hf for family in families().values() for name, hf in family.PRESETS.items()}
+
+
+def find_model(which: str | os.PathLike | Mapping | Any) -> Model:
+    """A model from a preset's name, a directory with `config.json`, a config dict, or a transformers config.
+
+    Raises ValueError for an unknown name (with a suggestion), an unsupported `model_type`, or a config
+    that makes no sense; FileNotFoundError for a directory without `config.json`.
+    """
+    if isinstance(which, Mapping):
+        return _from_config(dict(which))
+    if hasattr(which, "to_dict"):
+        return _from_config(which.to_dict())
+    which, known = os.fspath(which), presets()
+    if which in known:
+        return _from_config(dict(known[which]))
+    if os.path.isdir(which):
+        path = os.path.join(which, "config.json")
+        try:
+            return _from_config(_read_json(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    raise ValueError(f"model {which!r} is neither a directory nor a preset{_hint(which, known)}")
+
+
+def _from_config(hf: dict) -> Model:
+    known, family = families(), hf.get("model_type")
+    if family not in list(known):  # a list, because the value may be anything that JSON can hold
+        raise ValueError(f"model_type {family!r} is not supported: supported are {', '.join(sorted(known))}")
+    module = known[family]
+    cfg = module.config(hf)
+    return Model(family, hf, cfg, module.specs(cfg), lambda p, batch, ops: module.forward(p, batch, cfg, ops))
+
+
+def _read_json(path: str) -> dict:
+    try:
+        with open(path, encoding="utf-8") as file:
+            hf = json.load(file)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist: a model's directory holds a config.json") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text ({error})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error})") from None
+    if not isinstance(hf, dict):
+        raise ValueError(f"holds a JSON {type(hf).__name__}, but a config is an object")
+    return hf
+
+
+def _hint(which: str, known: Mapping) -> str:
+    lowered = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(os.path.basename(which).lower(), lowered, n=1)
+    return f"; did you mean {lowered[close[0]]!r}?" if close else f"; the presets are {', '.join(known)}"
+
+
+def param_counts(specs: Mapping[str, ParamSpec]) -> tuple[int, int]:
+    """(total, active): all parameters, and those that one token is multiplied with."""
+    return sum(spec.numel for spec in specs.values()), round(sum(spec.numel * spec.active for spec in specs.values()))
+
+
+def logits(model: Model, params: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+    """Logits [B, S, V] on one device: batch as in Hugging Face (`input_ids`, `attention_mask`, `position_ids`, ...)."""
+    out = model.forward(params, fill_batch(batch), plain())
+    return out.hidden @ out.unembedding.T
