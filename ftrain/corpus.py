@@ -123,7 +123,7 @@ def _json_lines(text: str, name: str) -> Iterator[str]:
             raise ValueError(f'{where}: no "text" field (fields: {", ".join(record) or "none"}); {expected}')
         value = record["text"]
         if not isinstance(value, str):
-            raise ValueError(f'{where}: "text" is a {type(value).__name__}; {expected}')
+            raise ValueError(f'{where}: "text" is of type {type(value).__name__}; {expected}')
         try:
             value.encode()
         except UnicodeEncodeError as error:
