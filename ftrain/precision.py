@@ -95,9 +95,11 @@ def fits(shape: tuple[int, ...]) -> bool:
     return len(shape) >= 2 and all(size % ALIGNMENT == 0 for size in shape[-2:])
 
 
-# ---- The experts' product, emulated
+# ---- The experts' product, emulated. The two autograd functions are left whole in dynamo's graph: the backward
+# that dynamo would trace for them lacks the marks by which activation checkpointing knows a backward.
 
 
+@torch._dynamo.allow_in_graph
 class _RowwiseGroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, offsets):
@@ -126,6 +128,7 @@ def rowwise_grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     return _RowwiseGroupedMM.apply(x, w, offsets)
 
 
+@torch._dynamo.allow_in_graph
 class _WeightGradient(torch.autograd.Function):
     """y as it is, but w's gradient is that of the unrounded product of x and w."""
 

@@ -132,24 +132,24 @@ def test_odd_dimensions_fall_back_to_bf16(recipe, shape):
         assert torch.equal(a, b)
 
 
-def graph_of(f, *args):
-    """The ATen graph that a compiled f runs."""
+def compiled(f, *args):
+    """What a compiled f returns, and the ATen graph that it ran."""
     graphs = []
 
     def keep(graph, inputs):
         graphs.append(graph)
         return graph
 
-    torch.compile(f, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))(*args)
+    results = torch.compile(f, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))(*args)
     assert len(graphs) == 1, "forward and backward in one graph"
-    return graphs[0].graph
+    return results, graphs[0].graph
 
 
 @pytest.mark.parametrize("rows", [32, 7])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_compiled_graph_holds_scaled_mm_as_gpus_want_it(recipe, rows):
     x, w, dy = spread(rows, 48), spread(64, 48), spread(rows, 64)
-    graph = graph_of(step(linear_for(recipe)), x, w, dy)
+    _, graph = compiled(step(linear_for(recipe)), x, w, dy)
     products = graph.find_nodes(op="call_function", target=torch.ops.aten._scaled_mm.default)
     plain = graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
     assert (len(products), len(plain)) == ((2, 1) if recipe == "fp8-rowwise-gw-hp" else (3, 0))
@@ -174,16 +174,21 @@ def test_linear_compiled_is_eager(precision):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_linear_recomputed_in_backward(recipe):
-    linear, x, w, dy = linear_for(recipe), spread(7, 48), spread(48, 48), spread(7, 48)
+def test_recomputed_in_backward(recipe):
+    """Under activation checkpointing both products give the same, compiled, and are indeed computed twice."""
+    linear, grouped = linear_for(recipe), grouped_mm_for(recipe)
+    x, w, dy = spread(7, 48), spread(48, 48), spread(7, 48)
+    experts, offsets = spread(3, 48, 48), torch.tensor([2, 2, 7], dtype=torch.int32)
 
     def block(x, w):
-        return linear(F.silu(linear(x, w)), w)
+        return linear(F.silu(grouped(F.silu(linear(x, w)), w * experts, offsets)), w)
 
-    saved, again = step(block), step(lambda x, w: checkpoint(block, x, w, use_reentrant=False))
-    compiled = torch.compile(again, fullgraph=True, backend="aot_eager")
-    for a, b in zip(saved(x, w, dy), compiled(x, w, dy)):
-        assert torch.equal(a, b)
+    results, graph = compiled(step(lambda x, w: checkpoint(block, x, w, use_reentrant=False)), x, w, dy)
+    assert all(torch.equal(a, b) for a, b in zip(results, step(block)(x, w, dy)))
+    scaled, grouped = torch.ops.aten._scaled_mm.default, torch.ops.ftrain.grouped_mm.default
+    count = [len(graph.find_nodes(op="call_function", target=op)) for op in (scaled, grouped)]
+    # Forward, backward, and again all but the block's last product.
+    assert count == [2 + (2 if recipe.endswith("hp") else 4) + 1, 1 + 1 + 1]
 
 
 # ---- Experts
@@ -314,8 +319,9 @@ def test_aligned_groups_compile_once_for_any_row_count():
     compiled = torch.compile(routed, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for counts in COUNTS:
-            want = step(rowwise_grouped_mm)(x[: sum(counts)], w, dy[: sum(counts)], torch.tensor(counts).cumsum(0).int())
-            for a, b in zip(compiled(x, w, dy, torch.tensor(counts)), want):
+            rows, counts = sum(counts), torch.tensor(counts)
+            want = step(rowwise_grouped_mm)(x[:rows], w, dy[:rows], counts.cumsum(0).int())
+            for a, b in zip(compiled(x, w, dy, counts), want):
                 assert furthest(a, b) < BF16
 
 
