@@ -17,7 +17,8 @@ def sort_by_expert(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]
     -> order [R] (the sorted rows are `rows[order]`), inverse [R] (its inverse), counts [E].
     """
     by_expert, order = index.reshape(-1).sort(stable=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    # Not in place: selective recomputation keeps outputs, and they may not change under it.
+    inverse = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
     ends = torch.searchsorted(by_expert, torch.arange(experts, device=index.device), right=True)
     return order, inverse, ends.diff(prepend=ends.new_zeros(1))
 

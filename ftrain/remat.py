@@ -11,26 +11,21 @@ POLICIES = ("none", "selective", "full")
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
 
-# Attention counts as random for the compiler (it may have dropout), and a random op may not run
-# twice; nor may the exchange of row counts, whose integers shape all that follows.
-ONCE = {
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
-    aten._scaled_dot_product_fused_attention_overrideable.default,
-    aten._local_scalar_dense.default,
-    aten.bernoulli_.float,
-}
+# Read from tensors, these integers shape all that follows: a second reading would be another unknown.
+ONCE = {aten._local_scalar_dense.default}
 # Products worth their memory when recomputing selectively, and rows that crossed the network.
 COSTLY = {
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
     aten._scaled_mm.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
     c10d.all_to_all_single.default,
 }
-# Gathering weights, and what only rearranges them: never kept, so that a layer's weights are
+# Gathering weights, and what only rearranges or casts them: never kept, so that a layer's weights are
 # released after use whatever the policy.
 GATHER = {
     c10d.all_gather_into_tensor.default,
@@ -71,7 +66,7 @@ def remat(layer: Callable, policy: str) -> Callable:
     """`layer`, keeping for its backward only what the policy says.
 
     none: all but the gathered weights. selective: matrix products, attention and rows that
-    crossed the network. full: the layer's input, and attention's output.
+    crossed the network. full: the layer's input.
     """
     if policy not in POLICIES:
         raise ValueError(f"--remat {policy}: valid policies are {', '.join(POLICIES)}")

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .collectives import all_reduce
+from .graph import one_graph
 from .loss import IGNORE, cross_entropy, load_balance, router_z
 from .ops import Ops, Output
 from .optim import AdamW, Schedule, update
@@ -16,7 +17,6 @@ from .specs import ParamSpec
 from .state import State, place
 
 Forward = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Ops], Output]
-COMPILE = ("inductor", "aot_eager", "off")
 
 
 @dataclass(frozen=True)
@@ -27,21 +27,6 @@ class Recipe:
     schedule: Schedule = field(default_factory=lambda: Schedule(steps=1000))
     router_aux: float = 0.0
     router_z: float = 0.0
-
-
-def one_graph(fn: Callable, mode: str) -> Callable:
-    """`fn` compiled whole, its inner autograd.grad included; static shapes but for the routing."""
-    if mode == "off":
-        return fn
-    if mode not in COMPILE:
-        raise ValueError(f"--compile {mode}: valid modes are {', '.join(COMPILE)}")
-    compiled = torch.compile(fn, backend=mode, fullgraph=True, dynamic=False)
-    settings = torch._dynamo.config.patch(
-        trace_autograd_ops=True,  # autograd.grad is traced into the graph, not broken at
-        capture_scalar_outputs=True,  # row counts of the expert dispatch become symbols
-        capture_dynamic_output_shape_ops=True,
-    )
-    return settings(compiled)
 
 
 def local(tensors: Mapping[str, DTensor]) -> dict[str, Tensor]:
@@ -58,22 +43,24 @@ def counts(batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
 
 def gradients(
     forward: Forward, sharding: Sharding, ops: Ops, recipe: Recipe,
-    params: Mapping[str, Tensor], batch: Mapping[str, Tensor], valid: Tensor, routed: Tensor | None,
+    params: Mapping[str, Tensor], batch: Mapping[str, Tensor], totals: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:  # fmt: skip
     """Gradients of the global batch's loss, with respect to this rank's pieces.
 
-    valid: `counts` of the whole step on this rank. routed [L, E]: the step's global expert counts,
-    where the step has more microbatches than this one; None to take them from this one.
+    totals: of all microbatches of the step, `valid` (`counts` on this rank) and, where there
+    are others than this one, `routed`, the global expert counts [L, E].
     -> (gradients, this rank's parts of the metrics, global expert counts).
     """
     leaves = {name: t.detach().requires_grad_() for name, t in params.items()}
     out = forward(Gathered(leaves, sharding.buckets), batch, ops)
-    valid = all_reduce(valid, sharding.world).clamp(min=1)
+    valid = all_reduce(totals["valid"], sharding.world).clamp(min=1)
     parts = {"loss": cross_entropy(out.hidden, out.unembedding, batch["labels"]) / valid[0]}
     objective = parts["loss"]
+    routed = None
     if out.router is not None:
-        own = out.router.counts.detach()
-        routed = all_reduce(own, sharding.world) if routed is None else routed
+        routed = totals.get("routed")
+        if routed is None:
+            routed = all_reduce(out.router.counts.detach(), sharding.world)
         parts["router_aux_loss"] = load_balance(out.router, routed, valid[1])
         parts["router_z_loss"] = router_z(out.router, valid[1])
         objective = objective + recipe.router_aux * parts["router_aux_loss"]
@@ -86,7 +73,7 @@ def gradients(
 def make_gradients(forward: Forward, sharding: Sharding, ops: Ops, recipe: Recipe, mode: str = "off") -> Callable:
     """-> (state, batch) -> name -> DTensor: what `train_step` clips and applies, to be looked at."""
     inner = one_graph(
-        lambda params, batch: gradients(forward, sharding, ops, recipe, params, batch, counts([batch]), None)[0], mode
+        lambda params, batch: gradients(forward, sharding, ops, recipe, params, batch, {"valid": counts([batch])})[0], mode
     )
 
     def grads(state: State, batch: Mapping[str, Tensor]) -> dict[str, DTensor]:
@@ -110,8 +97,8 @@ def make_train_step(
     """
     adam = recipe.adam
 
-    def graph(params, mu, nu, total, step, batch, valid, routed, last):
-        grads, parts, routed = gradients(forward, sharding, ops, recipe, params, batch, valid, routed)
+    def graph(params, mu, nu, total, step, batch, totals, last):
+        grads, parts, routed = gradients(forward, sharding, ops, recipe, params, batch, totals)
         if accumulate > 1:
             grads = {name: g + total[name] for name, g in grads.items()}
         squares = [grads[name].square().sum() / sharding.copies[name] for name in grads]
@@ -142,16 +129,15 @@ def make_train_step(
         params = local(state.params)
         if accumulate > 1 and not buffers:
             buffers.update({name: torch.zeros_like(p) for name, p in params.items()})
-        valid = counts(batches)
-        routed = None
+        totals = {"valid": counts(batches)}
         if accumulate > 1 and recipe.router_aux:
             # The balance loss is a product of two averages over the global batch: the first has
             # to be known before any microbatch's backward. Costs one more forward.
-            routed = sum(count_experts(state, batch)["expert_counts"] for batch in batches)
+            totals["routed"] = sum(count_experts(state, batch)["expert_counts"] for batch in batches)
         seen = []
         for i, batch in enumerate(batches):
-            last = torch.tensor(i == accumulate - 1, device=valid.device)
-            seen.append(run(params, local(state.mu), local(state.nu), buffers, state.step, dict(batch), valid, routed, last))
+            last = torch.tensor(i == accumulate - 1, device=state.step.device)
+            seen.append(run(params, local(state.mu), local(state.nu), buffers, state.step, dict(batch), totals, last))
         metrics = dict(seen[-1])
         for name in ("loss", "router_aux_loss", "router_z_loss"):
             if name in metrics:

@@ -44,7 +44,8 @@ def moe(q: Mapping[str, Tensor], x: Tensor, valid: Tensor, top_k: int, normalise
     gate, up, down = (q[f"mlp.experts.{name}.weight"] for name in ("gate_proj", "up_proj", "down_proj"))
     y = ops.experts(tokens, weight.to(x.dtype), index, gate, up, down)
 
-    valid = valid.flatten().to(prob.dtype)
+    valid = valid.flatten()[:, None].to(prob.dtype)
     chosen = torch.zeros_like(prob).scatter(1, index, 1.0)
-    router = Router(counts=(valid @ chosen).detach(), prob=valid @ prob, z=valid @ logits.logsumexp(-1).square())
+    z = logits.logsumexp(-1, keepdim=True).square()
+    router = Router(counts=(valid * chosen).sum(0).detach(), prob=(valid * prob).sum(0), z=(valid * z).sum())
     return y.view_as(x), router

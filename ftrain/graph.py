@@ -1,0 +1,49 @@
+"""A function of tensors -> one graph, compiled whole.
+
+The function is captured once on fake tensors, down to aten operators: its inner `autograd.grad`
+is by then ordinary operators, and what layers recompute stands in the graph where it runs. The
+compiler sees that flat graph, takes it as a whole or refuses, and updates buffers in place.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+MODES = ("inductor", "aot_eager", "off")
+
+
+def one_graph(fn: Callable, mode: str) -> Callable:
+    """`fn` compiled whole at its first call; `off` runs it as it is.
+
+    Takes and returns pytrees of tensors. Called with other shapes, it compiles again for those.
+    """
+    if mode not in MODES:
+        raise ValueError(f"--compile {mode}: valid modes are {', '.join(MODES)}")
+    if mode == "off":
+        return fn
+    compiled: dict[tuple, tuple[Callable, object]] = {}
+
+    def run(*args):
+        flat, tree = tree_flatten(args)
+        key = (tree, tuple((t.shape, t.dtype) for t in flat))
+        if key not in compiled:
+            result = []
+
+            def flat_fn(*leaves):
+                out, spec = tree_flatten(fn(*tree_unflatten(leaves, tree)))
+                result.append(spec)
+                return out
+
+            # Activation checkpointing is to act while it is captured, not to leave tags for a compiler.
+            with torch.compiler._non_strict_tracing_context():
+                graph = make_fx(flat_fn, tracing_mode="fake")(*flat)
+            compiled[key] = torch.compile(graph, backend=mode, fullgraph=True, dynamic=False), result[0]
+        call, spec = compiled[key]
+        with torch.no_grad(), torch._dynamo.config.patch(
+            capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True
+        ):
+            return tree_unflatten(call(*flat), spec)
+
+    return run
