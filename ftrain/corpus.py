@@ -7,6 +7,7 @@ import re
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
+from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from .cache import content_hash
 from .tokenizer import END
 
 HELDOUT = 0.05  # of the characters
+_RECIPE = "documents 1"  # to change with `read_documents` or `split`: what they made is cached by it
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
@@ -67,7 +69,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def _digest(files: tuple[tuple[str, Path], ...]) -> str:
-    parts = []
+    parts = [_RECIPE]
     for name, path in files:
         with path.open("rb") as file:
             parts += [name, hashlib.file_digest(file, "sha256").digest()]
@@ -152,7 +154,7 @@ def split(documents: list[Document]) -> tuple[list[str], list[str]]:
     heldout = [d.text for d in documents if d.key in chosen]
     if missing > 0:
         longest = max(range(len(train)), key=lambda i: len(train[i]))
-        cut = max(len(train[longest]) - round(missing), (len(train[longest]) + 1) // 2)
+        cut = max(len(train[longest]) - ceil(missing), (len(train[longest]) + 1) // 2)
         train[longest], tail = train[longest][:cut], train[longest][cut:]
         heldout += [tail] if tail else []
     return train, heldout

@@ -25,7 +25,7 @@ Progress = Callable[[str, int, int], None]  # (what, done, total), in characters
 T = TypeVar("T")
 
 PADDING = {"input_ids": 0, "labels": -100, "position_ids": 0, "segment_ids": -1}
-_RECIPE = "tokens 1"
+_RECIPE = "tokens 1"  # to change with `encode`: its results are cached by it
 _PIECE = 1 << 18  # characters that are encoded at a time: the encoder needs some 100 bytes for each
 _GROUP = 1 << 20  # characters between two reports of progress
 
@@ -96,10 +96,10 @@ def prepare(
     digest = content_hash(_RECIPE, corpus.digest, tokenizer.to_str(), str(eos[0]))
     arrays = cached(cache_dir, f"tokens-{digest}", encode_all, _save_arrays, _load_arrays)
     train, heldout = (Dataset(arrays[side], arrays[side + "_ends"], seq_len) for side in ("train", "heldout"))
-    if len(train.ids) < seq_len:
+    if len(train.ids) < seq_len or not heldout.rows:
         raise ValueError(
-            f"{corpus.name}: its {len(train.ids)} training tokens do not fill one row of {seq_len}; "
-            "give more text, or a smaller --seq-len"
+            f"{corpus.name}: too little text, its {len(train.ids)} training and {len(heldout.ids)} held-out tokens "
+            f"do not fill one row of {seq_len} and begin another; give more text, or a smaller --seq-len"
         )
     return Data(tokenizer, eos, train, heldout, digest)
 

@@ -23,6 +23,7 @@ _WORDS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _PIECE = 1 << 16
+# To change with `_train`: what it made is cached by it.
 _RECIPE = f"byte-level bpe 1, {SAMPLE} characters, tokenizers {tokenizers_version}"
 # Any of these holds a vocabulary; all that exist travel with a checkpoint.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
