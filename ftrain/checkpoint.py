@@ -1,0 +1,332 @@
+"""Checkpoints: a Hugging Face directory with the rest of the train state beside it, all safetensors and JSON.
+
+    OUT/checkpoints/step-N/
+        config.json, tokenizer files, model-*.safetensors, model.safetensors.index.json
+        train_state/mu-*.safetensors, nu-*.safetensors and their indices
+        train_state/train_state.json    step, data position, random state and what the caller adds
+        train_state/manifest.json       size and crc32 of every file that `restore` reads
+
+Files hold whole tensors, in fp32, so that any mesh reads what any other wrote: each rank reads its
+slices. A directory is written under another name and renamed when it is whole and on disk.
+"""
+
+import os
+import re
+import secrets
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import zip_longest
+from pathlib import Path
+from queue import Queue
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.placement_types import Placement
+
+from . import __version__
+from .collectives import Group, all_gather, all_reduce, group_over
+from .disk import (
+    Corrupt, discard, file_crc, no_room, read_json, read_manifest, swap_in, tidy, verify, write_json, write_manifest,
+)  # fmt: skip
+from .model import Model
+from .pretrained import (
+    FILE_BYTES, Progress, export, hf_config, init_from, load_pretrained, own_bytes, ticker, told,
+)  # fmt: skip
+from .safetensors_io import Layout, make_header, make_index, read_values, write_file
+from .specs import ParamSpec, stored
+from .state import State, make_state, own_slices, whole
+
+__all__ = ["Corrupt", "export", "init_from", "latest", "load_pretrained", "restore", "resume", "save", "set_rng"]
+
+_KINDS = ("model", "mu", "nu")
+_TRAIN = "train_state"
+_MESSAGE = 2048  # bytes of a sentence that one rank tells the others
+
+T = TypeVar("T")
+Specs = Mapping[str, ParamSpec]
+Placements = Mapping[str, tuple[Placement, ...]]
+
+
+# --- Agreement of ranks: without it, one rank's failure would leave the others waiting.
+
+
+def _everyone(mesh: DeviceMesh) -> Group:
+    return group_over(mesh, mesh.mesh_dim_names)
+
+
+def add_up(mesh: DeviceMesh, numbers: list[int]) -> list[int]:
+    """The sums over all ranks, on every rank."""
+    return all_reduce(torch.tensor(numbers, dtype=torch.int64, device=mesh.device_type), _everyone(mesh)).tolist()
+
+
+def together(
+    mesh: DeviceMesh, act: Callable[[], T], failure: type[Exception], say: Callable[[Exception], str] = str
+) -> T:
+    """`act()` on every rank: all succeed, or all raise `failure`. Returns when all are done.
+
+    A rank whose own act failed says why; the others say what the first rank that failed said.
+    """
+    result, error, text = None, None, b""
+    try:
+        result = act()
+    except Exception as caught:
+        error, text = caught, say(caught).encode()
+    mine = torch.tensor(list(text[:_MESSAGE].ljust(_MESSAGE, b"\0")), dtype=torch.uint8, device=mesh.device_type)
+    said = all_gather(mine, _everyone(mesh)).cpu()
+    if error is not None:
+        raise failure(text.decode()) from error
+    for row in said[said[:, 0] > 0][:1]:
+        raise failure(bytes(row.tolist()).rstrip(b"\0").decode(errors="replace"))
+    return result
+
+
+# --- Saving
+
+
+class File(NamedTuple):
+    """A file of a checkpoint, the rank that writes it, and the parameters that it holds."""
+
+    path: str
+    kind: str
+    rank: int
+    specs: dict[str, ParamSpec]
+
+    @property
+    def layout(self) -> Layout:
+        return {name: (torch.float32, shape) for name, shape in stored(self.specs).items()}
+
+
+def kinds(specs: Specs) -> dict[str, dict[str, ParamSpec]]:
+    """What a checkpoint holds: the parameters in Hugging Face's names, the moments in our own, experts stacked."""
+    stacked = {name: replace(spec, parts=()) for name, spec in specs.items()}
+    return {"model": dict(specs), "mu": stacked, "nu": stacked}
+
+
+def share_out(specs: Specs, ranks: int, file_bytes: int = FILE_BYTES) -> list[File]:
+    """The files of a checkpoint. Of each kind of tensor every rank writes about as many bytes,
+    neighbours in the model together."""
+    files = []
+    for kind, of_kind in kinds(specs).items():
+        total, before, size = sum(spec.numel for spec in of_kind.values()), 0, 0
+        groups: list[tuple[int, dict[str, ParamSpec]]] = []
+        for name, spec in of_kind.items():
+            rank = (2 * before + spec.numel) * ranks // (2 * total)  # the share that its middle falls in
+            before += spec.numel
+            size += 4 * spec.numel
+            if not groups or groups[-1][0] != rank or size > file_bytes:
+                groups.append((rank, {}))
+                size = 4 * spec.numel
+            groups[-1][1][name] = spec
+        folder = "" if kind == "model" else f"{_TRAIN}/"
+        files += [
+            File(f"{folder}{kind}-{i:05d}-of-{len(groups):05d}.safetensors", kind, rank, members)
+            for i, (rank, members) in enumerate(groups, 1)
+        ]
+    return files
+
+
+def save(
+    out: str | os.PathLike, state: State, model: Model, meta: Mapping[str, Any],
+    tokenizer: Callable[[Path], None] | None = None, *,
+    keep: int = 0, progress: Progress | None = None, file_bytes: int = FILE_BYTES,
+) -> Path:  # fmt: skip
+    """Write OUT/checkpoints/step-N, visible when it is whole; every rank calls it and writes its share.
+
+    meta: what else `restore` shall return, JSON. tokenizer: writes a tokenizer's files into a directory.
+    keep: so many checkpoints are left, this one and the ones before it; 0 leaves all.
+    file_bytes: about the size of a file. A rank holds a few whole tensors at a time.
+    Raises OSError, on every rank, naming the directory and the space needed; what was there stays.
+    """
+    mesh = next(iter(state.params.values())).device_mesh
+    rank, ranks = _everyone(mesh).rank, _everyone(mesh).size
+    step = int(state.step)
+    directory = Path(out) / "checkpoints"
+    files = share_out(model.specs, ranks, file_bytes)
+    sizes = {file.path: make_header(file.layout)[1] for file in files}
+    token = add_up(mesh, [secrets.randbits(32) if rank == 0 else 0])[0]
+    tmp, target = (directory / f"step-{step}{suffix}" for suffix in (f".tmp-{token:08x}", ""))
+
+    def prepare() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        tidy(directory)
+        (tmp / _TRAIN).mkdir(parents=True)
+
+    def publish() -> None:
+        write_json(tmp / "config.json", hf_config(model.hf, torch.float32))
+        if tokenizer is not None:
+            tokenizer(tmp)
+        for kind in _KINDS:
+            of_kind = [tmp / file.path for file in files if file.kind == kind]
+            layouts = {Path(file.path).name: file.layout for file in files if file.kind == kind}
+            write_json(of_kind[0].with_name(f"{kind}.safetensors.index.json"), make_index(layouts))
+        of_job = {"step": step, "model_type": model.family, "ftrain": __version__, "rng": get_rng()}
+        write_json(tmp / _TRAIN / "train_state.json", {**meta, **of_job})
+        checks = {file.path: (sizes[file.path], crc) for file, crc in zip(files, crcs, strict=True)}
+        for path in [*tmp.glob("*.index.json"), *(tmp / _TRAIN).glob("*.json")]:
+            checks[str(path.relative_to(tmp))] = (path.stat().st_size, file_crc(path))
+        write_manifest(tmp / _TRAIN / "manifest.json", checks)
+        swap_in(tmp, target)
+
+    def say(error: Exception) -> str:
+        return no_room(target, sum(sizes.values()), error)
+
+    def first_rank(act: Callable[[], None]) -> None:
+        together(mesh, act if rank == 0 else lambda: None, OSError, say)
+
+    try:
+        first_rank(prepare)
+        own = together(mesh, lambda: write_share(tmp, state, files, rank, progress), OSError, say)
+        crcs = add_up(mesh, [own.get(file.path, 0) for file in files])
+        first_rank(publish)
+    except BaseException:
+        if rank == 0:
+            tidy(directory)
+        raise
+    if rank == 0 and keep:
+        for older in [path for path in latest(out) if step_of(path) < step][keep - 1 :]:
+            discard(older, f"{token:08x}")
+    return target
+
+
+def write_share(tmp: Path, state: State, files: list[File], rank: int, progress: Progress | None) -> dict[str, int]:
+    """Gather every tensor, one after the other, and write those of this rank's files: path -> crc32.
+
+    The order of the gathers goes round the ranks, and a thread writes, so that all ranks write at once.
+    """
+    arrived: Queue[Tensor | None] = Queue(maxsize=1)
+
+    def arriving() -> Iterator[Tensor]:
+        while (tensor := arrived.get()) is not None:
+            yield tensor
+
+    def write() -> dict[str, int]:
+        tensors = arriving()
+
+        def pieces(file: File) -> Iterator[Tensor]:
+            for spec in file.specs.values():
+                tensor = next(tensors)
+                yield from tensor.unbind() if spec.parts else [tensor]
+
+        try:
+            mine = [file for file in files if file.rank == rank]
+            return {file.path: write_file(tmp / file.path, file.layout, pieces(file)) for file in mine}
+        finally:
+            for _ in tensors:  # after a failure the gathers go on, since other ranks take part in them
+                pass
+
+    held = {"model": state.params, "mu": state.mu, "nu": state.nu}
+    turns: dict[int, list[tuple[File, str]]] = {}
+    for file in files:
+        turns.setdefault(file.rank, []).extend((file, name) for name in file.specs)
+    order = [turn for turns_of_all in zip_longest(*turns.values()) for turn in turns_of_all if turn]
+    total, done = sum(4 * file.specs[name].numel for file, name in order), 0
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(write)
+        try:
+            for file, name in order:
+                full = whole(held[file.kind][name]).detach()
+                if file.rank == rank:
+                    arrived.put(full.cpu())
+                del full
+                done += 4 * file.specs[name].numel
+                if progress:
+                    progress(done, total)
+        finally:
+            arrived.put(None)
+        return written.result()
+
+
+# --- Restoring
+
+
+def step_of(directory: Path) -> int | None:
+    """N of a directory named step-N, None of another."""
+    match = re.fullmatch(r"step-(\d+)", directory.name)
+    return int(match[1]) if match else None
+
+
+def latest(out: str | os.PathLike) -> list[Path]:
+    """The checkpoints of a run directory, newest first. Their names are given to whole directories only."""
+    found = (Path(out) / "checkpoints").glob("step-*")
+    return sorted((path for path in found if path.is_dir() and step_of(path) is not None), key=step_of, reverse=True)
+
+
+def restore(
+    directory: str | os.PathLike, specs: Specs, placements: Placements, mesh: DeviceMesh,
+    progress: Progress | None = None,
+) -> tuple[State, dict[str, Any]]:  # fmt: skip
+    """A checkpoint -> the state, bit by bit, on any mesh, and the meta that was saved with it.
+
+    The ranks check all files together, then each reads its slices. Every rank must call it.
+    Raises on every rank: Corrupt naming a file that is not as it was written; ValueError
+    listing all tensors that are missing, extra or mis-shaped for `specs`.
+    """
+    directory = Path(directory)
+    rank, ranks = _everyone(mesh).rank, _everyone(mesh).size
+    checks = together(mesh, lambda: read_manifest(directory / _TRAIN / "manifest.json"), Corrupt)
+    mine = sorted(checks, key=lambda name: (-checks[name][0], name))[rank::ranks]
+    tick = ticker(progress, sum(checks[name][0] for name in mine) + 3 * own_bytes(specs, placements, mesh))
+    together(mesh, lambda: verify(directory, checks, mine, tick), Corrupt)
+
+    def read() -> tuple[State, dict[str, Any]]:
+        values = {
+            kind: told(read_values(directory if kind == "model" else directory / _TRAIN, of_kind, kind), tick)
+            for kind, of_kind in kinds(specs).items()
+        }
+        meta = read_json(directory / _TRAIN / "train_state.json")
+        state = make_state(specs, placements, mesh, values["model"])
+        for kind, moments in (("mu", state.mu), ("nu", state.nu)):
+            for name, spec in kinds(specs)[kind].items():
+                moments[name].to_local().copy_(values[kind](name, spec, own_slices(spec.shape, placements[name], mesh)))
+        state.step.fill_(meta["step"])
+        return state, meta
+
+    return together(mesh, read, ValueError)
+
+
+def resume(
+    out: str | os.PathLike, specs: Specs, placements: Placements, mesh: DeviceMesh,
+    progress: Progress | None = None, warn: Callable[[str], None] = warnings.warn,
+) -> tuple[State, dict[str, Any], Path]:  # fmt: skip
+    """The newest whole checkpoint of a run directory: (state, meta, its directory); random states are set.
+
+    Of a corrupt one `warn` is told, on every rank, and the one before is tried.
+    Raises FileNotFoundError where there is none, Corrupt where none is whole; else as `restore`.
+    """
+    rank = _everyone(mesh).rank
+    together(mesh, lambda: tidy(Path(out) / "checkpoints") if rank == 0 else None, OSError)
+    found = latest(out)
+    if not found:
+        raise FileNotFoundError(f"{out} holds no checkpoint (checkpoints/step-N)")
+    for directory in found:
+        try:
+            state, meta = restore(directory, specs, placements, mesh, progress)
+        except Corrupt as error:
+            if directory == found[-1]:
+                raise Corrupt(f"{error}; no whole checkpoint is left in {found[0].parent}") from error
+            warn(f"{error}; going back to the checkpoint before")
+        else:
+            set_rng(meta["rng"])
+            return state, meta, directory
+
+
+def get_rng() -> dict[str, str]:
+    """The states of torch's random generators, by device, as hexadecimal digits."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {device: bytes(state.tolist()).hex() for device, state in states.items()}
+
+
+def set_rng(states: Mapping[str, str]) -> None:
+    """Put torch's random generators into the states of `get_rng`, on this machine's devices."""
+    for device, digits in states.items():
+        state = torch.frombuffer(bytearray.fromhex(digits), dtype=torch.uint8)
+        if device == "cpu":
+            torch.set_rng_state(state)
+        elif torch.cuda.is_available():
+            torch.cuda.set_rng_state(state)

@@ -1,0 +1,172 @@
+"""Hugging Face directories: published weights in, plain directories out."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.placement_types import Placement
+
+from .disk import no_room, read_json, read_manifest, swap_in, verify, write_json
+from .model import Model, find_model
+from .safetensors_io import (
+    DTYPES, Entry, Layout, Values, make_header, make_index, read_index, read_values, values_from, write_file,
+)  # fmt: skip
+from .specs import ParamSpec
+from .state import State, make_state, own_slices
+
+FILE_BYTES = 4 << 30  # a file is ended before the tensor that would make it larger
+_FLOATS = {
+    "fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
+    "fp16": torch.float16, "float16": torch.float16,
+}  # fmt: skip
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+
+def load_pretrained(directory: str | os.PathLike) -> tuple[Model, dict[str, Tensor]]:
+    """A Hugging Face directory on one device, in the files' dtype; experts stacked along dimension 0.
+
+    Tensors may be views of the mapped files: memory is used as they are read.
+    Raises ValueError listing every missing, extra or mis-shaped tensor, or naming a corrupt file.
+    """
+    model = find_model(Path(directory))
+    values = read_values(directory, model.specs)
+    everything = {name: tuple(slice(0, n) for n in spec.shape) for name, spec in model.specs.items()}
+    return model, {name: values(name, model.specs[name], slices) for name, slices in everything.items()}
+
+
+def init_from(
+    directory: str | os.PathLike, model: Model, placements: Mapping[str, tuple[Placement, ...]], mesh: DeviceMesh,
+    progress: Progress | None = None,
+) -> State:  # fmt: skip
+    """A state at step 0 with a directory's weights; each rank reads its own slices.
+
+    Raises ValueError listing every missing, extra or mis-shaped tensor, or naming a corrupt file.
+    """
+    values = read_values(directory, model.specs)
+    total = own_bytes(model.specs, placements, mesh)
+    return make_state(model.specs, placements, mesh, told(values, ticker(progress, total)))
+
+
+def own_bytes(
+    specs: Mapping[str, ParamSpec], placements: Mapping[str, tuple[Placement, ...]], mesh: DeviceMesh
+) -> int:
+    """The fp32 bytes of this rank's pieces."""
+    pieces = (own_slices(spec.shape, placements[name], mesh) for name, spec in specs.items())
+    return sum(4 * prod(s.stop - s.start for s in slices) for slices in pieces)
+
+
+def ticker(progress: Progress | None, total: int) -> Callable[[int], None]:
+    """-> tick(n): n more bytes are done."""
+    done = 0
+
+    def tick(n: int) -> None:
+        nonlocal done
+        done += n
+        if progress:
+            progress(done, total)
+
+    return tick
+
+
+def told(values: Values, tick: Callable[[int], None]) -> Values:
+    """`values` that tell how many fp32 bytes each was."""
+
+    def counted(name: str, spec: ParamSpec, slices: tuple[slice, ...]) -> Tensor:
+        piece = values(name, spec, slices)
+        tick(4 * piece.numel())
+        return piece
+
+    return counted
+
+
+def hf_config(hf: Mapping, dtype: torch.dtype | None) -> dict:
+    """The content of `config.json` beside weights of this dtype (None: as they were)."""
+    named = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    if "torch_dtype" in hf and named:  # the name that transformers had for it before
+        named["torch_dtype"] = named["dtype"]
+    if not hf.get("architectures"):
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as classes
+
+        named["architectures"] = [classes[hf["model_type"]]]
+    return {**hf, **named}
+
+
+def export(
+    source: str | os.PathLike, dest: str | os.PathLike, dtype: str | torch.dtype | None = None, *,
+    progress: Progress | None = None, file_bytes: int = FILE_BYTES,
+) -> Path:  # fmt: skip
+    """Write a checkpoint's model (or any Hugging Face directory) to `dest`: config, weights, tokenizer.
+
+    dtype: fp32, bf16, fp16 or a torch dtype; None keeps each tensor's. Holds one tensor at a time.
+    Raises ValueError for an unknown dtype or a `dest` that is not empty, and, naming the file,
+    for a corrupt source; OSError naming `dest` and the space needed.
+    """
+    source, dest = Path(source), Path(os.path.abspath(dest))
+    if isinstance(dtype, str):
+        if dtype not in _FLOATS:
+            raise ValueError(f"dtype {dtype!r}: valid are {', '.join(_FLOATS)}")
+        dtype = _FLOATS[dtype]
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise ValueError(f"{dest} exists and is not an empty directory: export writes a new one")
+    manifest = source / "train_state" / "manifest.json"
+    if manifest.is_file():
+        checks = read_manifest(manifest)
+        verify(source, checks, [name for name in checks if "/" not in name])
+    entries = read_index(source)
+    config = hf_config(read_json(source / "config.json"), dtype)
+    files = _files(entries, dtype, file_bytes)
+    needed = sum(make_header(layout)[1] for layout in files.values())
+    tick = ticker(progress, sum(prod(entry.shape) * DTYPES[entry.dtype].itemsize for entry in entries.values()))
+    tmp = dest.with_name(f"{dest.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        tmp.mkdir(parents=True)
+        for file, layout in files.items():
+            write_file(tmp / file, layout, _read_all(entries, layout, tick))
+        write_json(tmp / "model.safetensors.index.json", make_index(files))
+        for path in source.iterdir():  # tokenizer, generation config, chat template
+            known = path.suffix in (".json", ".txt", ".model", ".jinja") and not path.name.endswith(".index.json")
+            if path.is_file() and known and path.name != "config.json":
+                shutil.copyfile(path, tmp / path.name)
+        write_json(tmp / "config.json", config)
+        if dest.exists():
+            dest.rmdir()
+        swap_in(tmp, dest)
+    except OSError as error:
+        raise OSError(no_room(dest, needed, error)) from error
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    return dest
+
+
+def _files(entries: Mapping[str, Entry], dtype: torch.dtype | None, file_bytes: int) -> dict[str, Layout]:
+    """The files to write: the source's tensors in the source's order, the larger elements of a file first."""
+    groups: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = []
+    size = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].file, item[0])):
+        if entry.dtype not in DTYPES:
+            raise ValueError(f"{entry.file}: {name} is {entry.dtype}, but weights are {', '.join(DTYPES)}")
+        kind = dtype or DTYPES[entry.dtype]
+        nbytes = prod(entry.shape) * kind.itemsize
+        size += nbytes
+        if not groups or size > file_bytes:
+            groups.append({})
+            size = nbytes
+        groups[-1][name] = (kind, entry.shape)
+    groups = [dict(sorted(group.items(), key=lambda item: -item[1][0].itemsize)) for group in groups]  # aligned
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def _read_all(entries: Mapping[str, Entry], names: Iterable[str], tick: Callable[[int], None]) -> Iterator[Tensor]:
+    values = values_from(entries)
+    for name in names:
+        shape = entries[name].shape
+        tensor = values(name, ParamSpec(shape, torch.empty), tuple(slice(0, n) for n in shape))
+        yield tensor
+        tick(tensor.nbytes)
