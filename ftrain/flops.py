@@ -1,0 +1,46 @@
+"""Model FLOPs, and what the machine could do: their ratio is the MFU."""
+
+import time
+from collections.abc import Mapping
+
+import torch
+
+from .specs import ParamSpec
+
+# Dense bf16 peak of one device, FLOP/s, from its maker's data sheet; the first name that fits.
+PEAKS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "MI300X": 1307e12}
+
+
+def flops_per_token(specs: Mapping[str, ParamSpec], cfg, seq_len: int) -> float:
+    """FLOPs of forward and backward for one token of a row of `seq_len`, recomputation not counted.
+
+    6 for each element the token is multiplied with (arXiv 2001.08361, section 2.1), and causal
+    attention at half: its two products over the seq_len / 2 tokens before, forward and twice backward.
+    """
+    matmul = sum(spec.numel * spec.active for spec in specs.values() if len(spec.shape) > 1)
+    attention = cfg.layers * cfg.heads * cfg.head_dim * seq_len
+    return 6 * (matmul + attention)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s of this rank's device: known of a GPU by its name (None of an unknown one), measured on a CPU."""
+    if device.type != "cpu":
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        return next((peak for known, peak in PEAKS.items() if known in name), None)
+    a = torch.randn(1024, 1024, dtype=dtype)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this rank has held: of its GPU's memory, or of the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
