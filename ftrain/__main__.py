@@ -8,7 +8,7 @@ import tyro
 
 from . import config, launch
 
-DESCRIPTION = """Train a language model; every flag has a default, and `python -m ftrain --plan fsdp_sp_ep` is a whole run.
+DESCRIPTION = """Train a language model. Every flag has a default: `python -m ftrain --plan fsdp_sp_ep` is a whole run.
 
 Other commands, each with its own --help: `check` holds a sharding plan to its invariants;
 `export` writes a checkpoint's model as a plain Hugging Face directory.

@@ -82,10 +82,11 @@ def init() -> Process:
 
 
 def finish() -> None:
-    """Take the process group down, if it is up."""
+    """Take the process group down, if it is up. A rank of many that is failing leaves that to the
+    end of its process: its peers must not learn of it before its error is recorded."""
     import torch.distributed as dist
 
-    if dist.is_initialized():
+    if dist.is_initialized() and (dist.get_world_size() == 1 or sys.exc_info()[0] is None):
         dist.destroy_process_group()
 
 

@@ -1,0 +1,133 @@
+"""What a run leaves behind beside its checkpoints: run.json, metrics.jsonl and TensorBoard's events."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .config import TrainConfig, to_json
+
+CONFIG, METRICS, EVENTS, CHECKPOINTS = "run.json", "metrics.jsonl", "tensorboard", "checkpoints"
+
+
+class Sink(NamedTuple):
+    """Another place for the numbers of a step: log(step, values) and close()."""
+
+    log: Callable[[int, Mapping[str, float]], None]
+    close: Callable[[], None]
+
+
+class Records:
+    """The open records of a run: `log` adds to all of them. Made by `open_records`."""
+
+    def __init__(self, metrics: Path, sinks: Sequence[Sink]) -> None:
+        self._path, self._sinks = metrics, sinks
+        self._file = open(metrics, "a")  # noqa: SIM115
+
+    def log(self, step: int, **values: Any) -> None:
+        """Add one object: the step and its values (numbers, or lists of them; NaN and infinity become
+        null in the file). The line is on disk's way when this returns. Raises OSError, naming the file."""
+        line = json.dumps({"step": step} | {name: _finite(value) for name, value in values.items()})
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"{self._path} cannot be written: {error.strerror}") from error
+        for sink in self._sinks:
+            sink.log(step, {name: v for name, v in values.items() if isinstance(v, (int, float))})
+
+    def close(self) -> None:
+        self._file.close()
+        for sink in self._sinks:
+            sink.close()
+
+
+def open_records(cfg: TrainConfig, resumed: int | None, warn: Callable[[str], None]) -> Records:
+    """Open the records in cfg.out, for rank 0. `resumed` is the step that the run goes on from: what
+    was recorded after it is dropped, so that no step appears twice; None starts them anew.
+
+    Writes the configuration too. `warn` is told when TensorBoard cannot be had.
+    """
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    _replace(out / CONFIG, to_json(cfg))
+    if resumed is None:
+        (out / METRICS).unlink(missing_ok=True)
+        shutil.rmtree(out / EVENTS, ignore_errors=True)
+    else:
+        truncate(out / METRICS, resumed)
+    sinks = [tensorboard(out / EVENTS, resumed, warn)] + ([wandb(cfg)] if cfg.track == "wandb" else [])
+    return Records(out / METRICS, [sink for sink in sinks if sink])
+
+
+def read(path: Path) -> list[dict]:
+    """The objects of a metrics.jsonl; a last line torn by a crash is left out.
+    Raises ValueError, naming the file and the line, for any other that is no JSON object with a step."""
+    lines = Path(path).read_text().split("\n")
+    objects = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            entry["step"]
+        except (json.JSONDecodeError, TypeError, KeyError):
+            if number == len(lines):  # what follows the last newline: nothing, or a torn line
+                continue
+            raise ValueError(f"{path}: line {number} is not a JSON object with a step") from None
+        objects.append(entry)
+    return objects
+
+
+def truncate(path: Path, step: int) -> None:
+    """Drop what a metrics.jsonl says of the steps after `step`."""
+    if path.exists():
+        _replace(path, "".join(json.dumps(entry) + "\n" for entry in read(path) if entry["step"] <= step))
+
+
+def clear(out: str) -> None:
+    """Delete what an earlier run left in its directory: its checkpoints and records, and nothing else."""
+    for name in (CHECKPOINTS, EVENTS):
+        shutil.rmtree(Path(out) / name, ignore_errors=True)
+    for name in (METRICS, CONFIG):
+        (Path(out) / name).unlink(missing_ok=True)
+
+
+def tensorboard(folder: Path, resumed: int | None, warn: Callable[[str], None]) -> Sink | None:
+    """TensorBoard's events; on a resume the points after it are hidden. None, with a warning, where
+    the package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        warn(f"no TensorBoard events are written: {error}")
+        return None
+    writer = SummaryWriter(str(folder), purge_step=None if resumed is None else resumed + 1)
+
+    def log(step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    return Sink(log, writer.close)
+
+
+def wandb(cfg: TrainConfig) -> Sink:
+    """Weights & Biases, under the run directory's name. Raises ValueError where the package is missing."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--track wandb: the package wandb is not installed (pip install wandb)") from None
+    run = wandb.init(project="ftrain", name=Path(cfg.out).name, dir=cfg.out, config=json.loads(to_json(cfg)))
+    return Sink(lambda step, values: run.log(dict(values), step=step), run.finish)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)

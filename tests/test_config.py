@@ -1,0 +1,127 @@
+"""The configuration: defaults, JSON, and what is refused with which words."""
+
+import dataclasses
+import json
+
+import pytest
+
+from ftrain import config
+from ftrain.config import MeshConfig, TrainConfig
+from ftrain.mesh import Mesh, resolve
+
+
+def test_default_is_valid_on_one_process():
+    cfg = TrainConfig()
+    config.validate(cfg)
+    assert resolve(**dataclasses.asdict(cfg.mesh), world=1) == Mesh(1, 1, 1)
+    assert config.local_batch(cfg, Mesh()) == (8, 256)
+
+
+def test_every_field_is_in_exactly_one_group():
+    in_groups = [f.name for name, group in config.GROUPS.items() if name != "mesh" for f in dataclasses.fields(group)]
+    assert sorted(in_groups + ["mesh"]) == sorted(f.name for f in dataclasses.fields(TrainConfig))
+
+
+def test_parse_sets_what_the_flags_say_and_nothing_else():
+    flags = "--mesh.fsdp 2 --mesh.ep -1 --seq-len 64 --precision fp8-rowwise-gw-hp --lr 2e-4 --overwrite --clip inf"
+    cfg = config.parse(flags.split())
+    assert cfg == TrainConfig(
+        mesh=MeshConfig(fsdp=2, ep=-1), seq_len=64, precision="fp8-rowwise-gw-hp", lr=2e-4, overwrite=True,
+        clip=float("inf"),
+    )  # fmt: skip
+
+
+def test_json_round_trip_and_override():
+    cfg = TrainConfig(mesh=MeshConfig(2, 1, -1, 2), data="a b.txt", lr=3e-4, router_aux_loss=0.02, track="wandb",
+                      clip=float("inf"), resume="runs/a/checkpoints/step-3")  # fmt: skip
+    assert config.from_json(config.to_json(cfg)) == cfg
+    assert config.parse(["--steps", "7"], config.from_json(config.to_json(cfg))) == dataclasses.replace(cfg, steps=7)
+
+
+def test_overwrite_is_not_recorded():
+    assert config.from_json(config.to_json(TrainConfig(overwrite=True))).overwrite is False
+    # and so a recorded run can be started over
+    again = config.parse(["--overwrite"], config.from_json(config.to_json(TrainConfig())))
+    config.validate(again)
+    assert again.overwrite
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("{", "x.json is not valid JSON"),
+        ("[1]", "x.json must hold a JSON object"),
+        ('{"mesh": 2}', "x.json must hold a JSON object"),
+        ('{"stepz": 2}', "x.json has an unknown key 'stepz'; did you mean steps?"),
+        ('{"mesh": {"fdsp": 2}}', "x.json has an unknown key 'mesh.fdsp'; did you mean mesh.fsdp?"),
+    ],
+)
+def test_malformed_json(text, words):
+    with pytest.raises(ValueError, match="^" + words.replace(".", r"\.").replace("?", r"\?")):
+        config.from_json(text, "x.json")
+
+
+def test_json_values_are_held_to_the_types():
+    with pytest.raises(SystemExit) as exit:
+        config.from_json('{"steps": "many"}')
+    assert exit.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"steps": 0}, "--steps 0: must be at least 1"),
+        ({"seq_len": -1}, "--seq-len -1: must be at least 1"),
+        ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
+        ({"accumulate": 0}, "--accumulate 0: must be at least 1"),
+        ({"nproc": 0}, "--nproc 0: must be at least 1"),
+        ({"save_every": -5}, "--save-every -5: must be 0 or more"),
+        ({"eval_every": -5}, "--eval-every -5: must be 0 or more"),
+        ({"seed": -1}, "--seed -1: must be 0 or more"),
+        ({"lr": 0.0}, "--lr 0.0: must be positive and finite"),
+        ({"lr": float("nan")}, "--lr nan: must be positive and finite"),
+        ({"beta1": 1.0}, "--beta1 1.0: must be at least 0 and less than 1"),
+        ({"min_lr_ratio": 1.5}, "--min-lr-ratio 1.5: must be between 0 and 1"),
+        ({"router_aux_loss": -0.1}, "--router-aux-loss -0.1: must be 0 or more, and finite"),
+        ({"accumulate": 3}, "--batch-size 8: must be a multiple of --accumulate 3"),
+    ],
+)
+def test_refused_values_name_flag_value_and_the_valid_ones(change, words):
+    with pytest.raises(ValueError) as error:
+        config.validate(TrainConfig(**change))
+    assert str(error.value) == words
+
+
+def test_resume_directory_must_exist_and_excludes_overwrite(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--resume nowhere: must be auto, never, or the directory"):
+        config.validate(TrainConfig(resume="nowhere"))
+    config.validate(TrainConfig(resume=str(tmp_path)))
+    with pytest.raises(ValueError, match="--overwrite excludes --resume"):
+        config.validate(TrainConfig(resume=str(tmp_path), overwrite=True))
+
+
+def test_missing_wandb_is_said_before_training(tmp_path, monkeypatch):
+    # A directory named wandb, which wandb itself leaves behind, is not the package.
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    with pytest.raises(ValueError, match="--track wandb: the package wandb is not installed"):
+        config.validate(TrainConfig(track="wandb"))
+
+
+def test_resolved_fills_in_precision_and_run_directory(tmp_path):
+    assert config.resolved(TrainConfig(), accelerated=False).precision == "fp32"
+    assert config.resolved(TrainConfig(), accelerated=True).precision == "bf16"
+    assert config.resolved(TrainConfig(precision="fp32"), accelerated=True).precision == "fp32"
+    assert config.resolved(TrainConfig(), accelerated=False).out == "runs/qwen3-moe-tiny"
+    assert config.resolved(TrainConfig(model=str(tmp_path) + "/"), accelerated=False).out == f"runs/{tmp_path.name}"
+    assert config.resolved(TrainConfig(out="there"), accelerated=False).out == "there"
+    assert json.loads(config.to_json(config.resolved(TrainConfig(), False)))["mesh"]["fsdp"] == -1
+
+
+def test_local_batch():
+    cfg = TrainConfig(batch_size=24, accumulate=2, seq_len=96, mesh=MeshConfig(replica=2))
+    assert config.local_batch(cfg, Mesh(fsdp=3, sp=4, ep=2)) == (1, 24)
+    with pytest.raises(ValueError, match="must be a multiple of 20 = replica 2 x fsdp 5 x accumulate 2"):
+        config.local_batch(cfg, Mesh(fsdp=5))
+    with pytest.raises(ValueError, match="--seq-len 96: must be a multiple of --mesh.sp 5"):
+        config.local_batch(cfg, Mesh(sp=5))
