@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 import tyro
 
@@ -54,16 +55,21 @@ def check(argv: Sequence[str]) -> int:
 def export(argv: Sequence[str]) -> int:
     """Write a checkpoint's model for others."""
 
-    def export(source: tyro.conf.Positional[str], dest: tyro.conf.Positional[str]) -> None:
+    def export(
+        source: tyro.conf.Positional[str],
+        dest: tyro.conf.Positional[str],
+        dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+    ) -> None:
         """Write a checkpoint's model as a Hugging Face directory, without the optimizer's state.
 
         Args:
             source: Directory of a checkpoint: OUT/checkpoints/step-N.
             dest: Directory to write; it must not exist yet, or be empty.
+            dtype: Of the floating-point weights written; None: as they are.
         """
-        from .checkpoint import export
+        from .pretrained import export
 
-        export(source, dest)
+        print(f"wrote {export(source, dest, dtype)}")
 
     tyro.cli(export, prog=f"{config.PROGRAM} export", args=list(argv))
     return 0

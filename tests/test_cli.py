@@ -135,3 +135,15 @@ def test_traceback_on_request_and_for_faults(capsys, monkeypatch):
     monkeypatch.setitem(cli.COMMANDS, "train", fault)
     status, _, err = run([], capsys)
     assert status == 1 and err.startswith("Traceback") and err.endswith("\nerror: RuntimeError: broken\n")
+
+
+def test_export_hands_on_its_arguments(capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr("ftrain.pretrained.export", lambda *args: seen.append(args) or args[1])
+    assert run(["export", "a", "b", "--dtype", "bf16"], capsys) == (0, "wrote b\n", "")
+    assert seen == [("a", "b", "bf16")]
+
+
+def test_export_of_nothing_is_said_in_a_sentence(tmp_path, capsys):
+    status, _, err = run(["export", str(tmp_path / "nowhere"), str(tmp_path / "b")], capsys)
+    assert status == 2 and "nowhere" in err and "Traceback" not in err
