@@ -25,20 +25,22 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
 from . import __version__
-from .collectives import Group, all_gather, all_reduce, group_over
+from .collectives import Group, all_gather, all_reduce, all_to_all, group_over
 from .disk import (
     Corrupt, discard, file_crc, no_room, read_json, read_manifest, swap_in, tidy, verify, write_json, write_manifest,
 )  # fmt: skip
+from .layout import Pieces
 from .model import Model
 from .pretrained import (
     FILE_BYTES, Progress, export, hf_config, init_from, load_pretrained, own_bytes, ticker, told,
 )  # fmt: skip
 from .safetensors_io import Layout, make_header, make_index, read_values, write_file
 from .specs import ParamSpec, stored
-from .state import State, make_state, own_slices, whole
+from .state import State, make_state, own_slices
 
 __all__ = ["Corrupt", "export", "init_from", "latest", "load_pretrained", "restore", "resume", "save", "set_rng"]
 
@@ -192,6 +194,32 @@ def save(
     return target
 
 
+def gather_to(t: DTensor, rank: int) -> Tensor | None:
+    """The full tensor on one rank (row-major over the mesh), None on the others. Every rank must call it.
+
+    Each piece goes to that rank alone: an all-gather would send the model to every rank.
+    """
+    mesh = t.device_mesh
+    there: list[int] = []
+    for n in reversed(mesh.shape):
+        rank, at = divmod(rank, n)
+        there.insert(0, at)
+    cut = [i for i, placement in enumerate(t.placements) if placement.is_shard() and mesh.shape[i] > 1]
+    group = group_over(mesh, [mesh.mesh_dim_names[i] for i in cut])
+    if any(mesh.get_coordinate()[i] != at for i, at in enumerate(there) if i not in cut):
+        return None  # among these ranks are copies of the pieces, but not the one to receive them
+    if not cut:
+        return t.to_local()
+    pieces = Pieces(t.shape, [t.placements[i].dim for i in cut], [mesh.shape[i] for i in cut])
+    receiver = 0
+    for i in cut:
+        receiver = receiver * mesh.shape[i] + there[i]
+    here = group.rank == receiver
+    sent = [pieces.numel * (r == receiver) for r in range(group.size)]
+    rows = all_to_all(pieces.pad(t.to_local().detach()), [pieces.numel * here] * group.size, sent, group)
+    return pieces.assemble(rows.view(group.size, -1)) if here else None
+
+
 def write_share(tmp: Path, state: State, files: list[File], rank: int, progress: Progress | None) -> dict[str, int]:
     """Gather every tensor, one after the other, and write those of this rank's files: path -> crc32.
 
@@ -228,9 +256,9 @@ def write_share(tmp: Path, state: State, files: list[File], rank: int, progress:
         written = pool.submit(write)
         try:
             for file, name in order:
-                full = whole(held[file.kind][name]).detach()
-                if file.rank == rank:
-                    arrived.put(full.cpu())
+                full = gather_to(held[file.kind][name], file.rank)
+                if full is not None:
+                    arrived.put(full.detach().cpu())
                 del full
                 done += 4 * file.specs[name].numel
                 if progress:
