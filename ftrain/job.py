@@ -38,7 +38,10 @@ class Job:
     def microbatches(self, batch: Mapping[str, Tensor], accumulate: int = 1) -> list[dict[str, Tensor]]:
         """The global batch -> this rank's rows and columns of it, in `accumulate` microbatches."""
         sp = self.sharding.sp
-        return local_batch(batch, self.batch_rank, self.batch_ranks, sp.rank, sp.size, accumulate)
+        parts = local_batch(batch, self.batch_rank, self.batch_ranks, sp.rank, sp.size, accumulate)
+        # Some rotary embeddings depend on it, and no part knows it.
+        last = batch["position_ids"].max()
+        return [{**part, "max_position": last} for part in parts]
 
 
 def make_job(

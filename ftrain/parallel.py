@@ -50,6 +50,8 @@ class Bucket:
 
     def reduced(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Each rank's gradients of the whole parameters -> fp32 sums over all ranks, for this rank's pieces."""
+        if self.gather.size == self.reduce.size == 1:
+            return tuple(g.float() for g in grads)
         rows = torch.cat([p.take_apart(g.float()) for p, g in zip(self.pieces, grads)], 1)
         own = all_reduce(reduce_scatter(rows, self.gather), self.reduce)
         parts = own.split([p.numel for p in self.pieces])
@@ -108,7 +110,7 @@ def shard_model(
     """
     axes = mesh.mesh_dim_names
     sizes = dict(zip(axes, mesh.shape))
-    slots = _expert_slots(specs, placements, axes, sizes)
+    slots = expert_slots(specs, placements, axes, sizes)
     members: dict[tuple[str, tuple[str, ...], tuple[str, ...]], list[str]] = {}
     for name, spec in specs.items():
         cut = [a for a, p in zip(axes, placements[name]) if isinstance(p, Shard) and sizes[a] > 1]
@@ -137,7 +139,7 @@ def shard_model(
     )  # fmt: skip
 
 
-def _expert_slots(specs, placements, axes, sizes) -> tuple[int, ...] | None:
+def expert_slots(specs, placements, axes, sizes) -> tuple[int, ...] | None:
     """Where a plan keeps experts on `ep` (Shard(0) there), the slot of each; None where it does not."""
     at_ep = axes.index("ep")
     found: dict[tuple[int, ...] | None, str] = {}

@@ -4,6 +4,7 @@ The code under test is the code that trains: the same process groups and collect
 torch's threaded backend. Eager only, CPU only.
 """
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -35,7 +36,7 @@ def run_ranks(world: int, fn: Callable[[int], T]) -> list[T]:
         finally:
             dist.destroy_process_group()
 
-    threads_before = torch.get_num_threads()
+    threads_before, hook_before = torch.get_num_threads(), sys.excepthook  # each process group wraps the hook anew
     torch.set_num_threads(1)
     threaded._install_threaded_pg()
     torch._C._distributed_c10d._set_thread_isolation_mode(True)
@@ -50,6 +51,7 @@ def run_ranks(world: int, fn: Callable[[int], T]) -> list[T]:
         threaded._uninstall_threaded_pg()
         threaded.ProcessLocalGroup.reset()
         torch.set_num_threads(threads_before)
+        sys.excepthook = hook_before
     if errors:
         raise errors[0][1]
     return results

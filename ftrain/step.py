@@ -11,7 +11,7 @@ from .collectives import all_reduce
 from .graph import one_graph
 from .loss import IGNORE, cross_entropy, load_balance, router_z
 from .ops import Ops, Output
-from .optim import AdamW, Schedule, update
+from .optim import AdamW, Schedule, update_
 from .parallel import Gathered, Sharding
 from .specs import ParamSpec
 from .state import State, place
@@ -95,7 +95,7 @@ def make_train_step(
     metrics: 0-dim tensors loss, grad_norm, lr, finite and, of models with experts,
     router_aux_loss, router_z_loss and expert_counts [L, E].
     """
-    adam = recipe.adam
+    adam, decay = recipe.adam, {name: spec.decay for name, spec in specs.items()}
 
     def graph(params, mu, nu, total, step, batch, totals, last):
         grads, parts, routed = gradients(forward, sharding, ops, recipe, params, batch, totals)
@@ -107,14 +107,11 @@ def make_train_step(
         finite = torch.isfinite(summed).all()
         apply = finite & last
         lr = adam.lr * recipe.schedule(step)
-        scale = (adam.clip / (norm + 1e-6)).clamp(max=1.0)
         with torch.no_grad():
-            for name, g in grads.items():
-                new = update(adam, lr, specs[name].decay, params[name], g * scale, mu[name], nu[name], step)
-                for buffer, value in zip((params[name], mu[name], nu[name]), new):
-                    buffer.copy_(torch.where(apply, value, buffer))
-                if accumulate > 1:
+            if accumulate > 1:
+                for name, g in grads.items():
                     total[name].copy_(torch.where(last, 0.0, g))
+            update_(adam, lr, decay, params, grads, mu, nu, step, norm, apply)
             step.add_(apply.to(step.dtype))
         metrics = dict(zip(parts, summed[1:].unbind())) | {"grad_norm": norm, "lr": lr, "finite": finite}
         return metrics if routed is None else metrics | {"expert_counts": routed}
@@ -130,7 +127,7 @@ def make_train_step(
         if accumulate > 1 and not buffers:
             buffers.update({name: torch.zeros_like(p) for name, p in params.items()})
         totals = {"valid": counts(batches)}
-        if accumulate > 1 and recipe.router_aux:
+        if accumulate > 1 and recipe.router_aux and any(spec.experts for spec in specs.values()):
             # The balance loss is a product of two averages over the global batch: the first has
             # to be known before any microbatch's backward. Costs one more forward.
             totals["routed"] = sum(count_experts(state, batch)["expert_counts"] for batch in batches)
