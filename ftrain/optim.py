@@ -1,6 +1,7 @@
 """AdamW and learning-rate schedules, as functions of tensors: they trace into the train step."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,15 +54,40 @@ class Schedule:
         return warm * (self.floor + (1 - self.floor) * left)
 
 
-def update(
-    adam: AdamW, lr: Tensor, decay: bool, p: Tensor, grad: Tensor, mu: Tensor, nu: Tensor, step: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One AdamW update of one tensor -> (p, mu, nu). step: updates done before this one."""
-    t = (step + 1).float()
-    mu = adam.beta1 * mu + (1 - adam.beta1) * grad
-    nu = adam.beta2 * nu + (1 - adam.beta2) * grad * grad
-    m_hat = mu / (1 - adam.beta1**t)
-    n_hat = nu / (1 - adam.beta2**t)
-    if decay:
-        p = p * (1 - lr * adam.weight_decay)
-    return p - lr * m_hat / (n_hat.sqrt() + adam.eps), mu, nu
+@torch.library.custom_op("ftrain::adamw_", mutates_args=("params", "grads", "mu", "nu"))
+def _adamw_(
+    params: list[Tensor], grads: list[Tensor], mu: list[Tensor], nu: list[Tensor],
+    step: Tensor, lr: Tensor, scale: Tensor, skip: Tensor,
+    beta1: float, beta2: float, weight_decay: float, eps: float,
+) -> None:  # fmt: skip
+    """torch's fused kernel as one operator of the graph: one pass over memory, nothing copied."""
+    torch._fused_adamw_(
+        params, grads, mu, nu, [], [step] * len(params), lr=lr, beta1=beta1, beta2=beta2,
+        weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False, grad_scale=scale, found_inf=skip,
+    )  # fmt: skip
+
+
+@_adamw_.register_fake
+def _(params, grads, mu, nu, step, lr, scale, skip, beta1, beta2, weight_decay, eps):
+    return None
+
+
+def update_(
+    adam: AdamW, lr: Tensor, decay: Mapping[str, bool], params: Mapping[str, Tensor], grads: Mapping[str, Tensor],
+    mu: Mapping[str, Tensor], nu: Mapping[str, Tensor], step: Tensor, norm: Tensor, apply: Tensor,
+) -> None:  # fmt: skip
+    """Clip by the global norm and update params, mu and nu in place, or leave all as it is unless `apply`.
+
+    All fp32, by name; step: updates done before this one, norm: the gradients' global norm, apply: bool; 0-dim.
+    The gradients' own storage is used up.
+    """
+    # The kernel divides gradients by `scale`: clipping is max(1, norm / clip), as torch's clip_grad_norm_ has it.
+    scale = ((norm + 1e-6) / adam.clip).clamp(min=1.0)
+    for decays in (True, False):
+        names = [name for name in params if decay[name] == decays]
+        if names:
+            _adamw_(
+                *([tensors[name] for name in names] for tensors in (params, grads, mu, nu)),
+                (step + 1).float(), lr, scale, (~apply).float(),
+                adam.beta1, adam.beta2, adam.weight_decay if decays else 0.0, adam.eps,
+            )  # fmt: skip

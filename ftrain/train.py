@@ -232,7 +232,7 @@ def _loop(
 def _recipe(cfg: TrainConfig, model: Model) -> Recipe:
     aux = cfg.router_aux_loss
     if aux is None:
-        aux = float(model.hf.get("router_aux_loss_coef", 0.0)) if any(s.experts for s in model.specs.values()) else 0.0
+        aux = getattr(model.cfg, "balance", 0.0)
     adam = AdamW(cfg.lr, cfg.beta1, cfg.beta2, cfg.eps, cfg.weight_decay, cfg.clip)
     schedule = Schedule(cfg.steps, cfg.schedule, cfg.warmup, cfg.min_lr_ratio, cfg.decay)
     return Recipe(adam, schedule, router_aux=aux, router_z=cfg.router_z_loss)
