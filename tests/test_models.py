@@ -53,7 +53,8 @@ def ropes(draw, head_dim):
     theta = draw(st.sampled_from([100.0, 10_000.0]))
     top = draw(st.sampled_from([{}, {"original_max_position_embeddings": 5}]))
     if draw(st.booleans()):
-        return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **options} if kind != "default" else None} | top
+        scaling = {"rope_type": kind, **options} if kind != "default" else None
+        return top | {"rope_theta": theta, "rope_scaling": scaling}
     return top | {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **options}}
 
 
