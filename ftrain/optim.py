@@ -61,6 +61,8 @@ def _adamw_(
     beta1: float, beta2: float, weight_decay: float, eps: float,
 ) -> None:  # fmt: skip
     """torch's fused kernel as one operator of the graph: one pass over memory, nothing copied."""
+    # The CPU kernel reads storage from end to end, whatever the strides: an uneven shard's gradient is a narrow view.
+    grads = [grad.contiguous() for grad in grads]
     torch._fused_adamw_(
         params, grads, mu, nu, [], [step] * len(params), lr=lr, beta1=beta1, beta2=beta2,
         weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False, grad_scale=scale, found_inf=skip,
