@@ -12,7 +12,7 @@ import pytest
 import torch
 from checkpoints import HF, META, MODEL, assert_expected, filled, flip, names_in, placed, restored, saved
 
-from ftrain import checkpoint, safetensors_io
+from ftrain import checkpoint, disk, safetensors_io
 from ftrain.checkpoint import Corrupt, latest, restore, resume, save
 from ftrain.mesh import Mesh
 from ftrain.model import find_model
@@ -106,6 +106,9 @@ def test_what_a_killed_save_leaves_is_removed_and_what_it_moved_comes_back(tmp_p
     run_ranks(1, lambda rank: resume(tmp_path, MODEL.specs, *placed("ddp", (1, 1, 1))))
     assert names_in(tmp_path / "checkpoints") == ["step-3"]
     restored(directory)
+    unfinished.mkdir()
+    saved(tmp_path, 5)  # a run that does not resume tidies too
+    assert names_in(tmp_path / "checkpoints") == ["step-3", "step-5"]
 
 
 KILLED = """
@@ -146,20 +149,26 @@ def test_kill_9_during_a_save(tmp_path, function, call):
 
 
 def test_a_directory_is_visible_only_when_complete(tmp_path, monkeypatch):
-    """At every rename and at every write: either no step-4, or a whole one."""
+    """Nothing of step-4 is seen until all of it is written and synced; then it is whole."""
     saved(tmp_path, 3)
-    rename, write = Path.rename, safetensors_io.write_file
-    seen = []
+    acts = []
 
-    def look():
-        visible = names_in(tmp_path / "checkpoints")
-        seen.append(visible)
-        assert "step-3" in visible and "step-4" not in visible
+    def noted(owner, name):
+        real = getattr(owner, name)
 
-    monkeypatch.setattr(Path, "rename", lambda self, to: (look(), rename(self, to))[1])
-    monkeypatch.setattr(checkpoint, "write_file", lambda *a: (look(), write(*a))[1])
+        def act(*args):
+            visible = names_in(tmp_path / "checkpoints")
+            assert "step-3" in visible and "step-4" not in visible
+            acts.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(owner, name, act)
+
+    noted(checkpoint, "write_file")
+    noted(disk, "sync_tree")
+    noted(Path, "rename")
     saved(tmp_path, 4)
-    assert len(seen) == 4
+    assert acts == ["write_file"] * 3 + ["sync_tree", "rename"]
     restored(tmp_path / "checkpoints" / "step-4", step=4)
 
 
