@@ -1,31 +1,71 @@
-"""Attention over packed documents: SDPA with a mask, or flash-attn's varlen kernel on GPU."""
+"""Attention over packed documents: SDPA with a mask, or flash-attn's varlen kernel on GPUs that have it.
 
-from typing import NamedTuple
+Each way is a pair: `mask` makes, once a forward, what `attention` then takes in every layer.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-class Mask(NamedTuple):
-    """Who sees whom. `allowed` is [B, 1, S, S], true where query (row) may look at key (column)."""
-
-    allowed: Tensor
-
-
-def attention_mask(segment_ids: Tensor, window: int | None = None) -> Mask:
-    """Causal, within one segment, at most `window` tokens back (itself counted): segment_ids [B, S]."""
+def attention_mask(segment_ids: Tensor, window: int | None = None) -> Tensor:
+    """segment_ids [B, S] -> bool [B, 1, S, S], true where query (row) may look at key (column): causal,
+    within one segment, at most `window` tokens back (itself counted)."""
     S = segment_ids.shape[1]
     at = torch.arange(S, device=segment_ids.device)
     back = at[:, None] - at[None, :]
     allowed = back >= 0
     if window is not None:
         allowed = allowed & (back < window)
-    return Mask((segment_ids[:, None, :, None] == segment_ids[:, None, None, :]) & allowed)
+    return (segment_ids[:, None, :, None] == segment_ids[:, None, None, :]) & allowed
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
     """q [B, S, N, D], k and v [B, S, K, D], K divides N -> [B, S, N, D]; scale 1/sqrt(D)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, mask.allowed, enable_gqa=q.shape[1] != k.shape[1])
+    out = F.scaled_dot_product_attention(q, k, v, allowed, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
+
+
+class Packed(NamedTuple):
+    """Documents of a batch read as one row of B*S tokens: where each starts and the last ends
+    (int32 [documents + 1]), the length that none exceeds, and the window."""
+
+    bounds: Tensor
+    longest: int
+    window: int | None
+
+
+def packed_mask(segment_ids: Tensor, window: int | None = None) -> Packed:
+    """segment_ids [B, S] -> Packed. A row always starts a document; padding counts as one."""
+    B, S = segment_ids.shape
+    starts = F.pad(segment_ids.diff(dim=1) != 0, (1, 0), value=True)
+    first = starts.flatten().nonzero()[:, 0]
+    return Packed(F.pad(first, (0, 1), value=B * S).to(torch.int32), S, window)
+
+
+def packed_attention(varlen: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`attention` by a kernel with the signature of flash_attn.flash_attn_varlen_func (arXiv 2307.08691)."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Packed) -> Tensor:
+        window = (-1, -1) if mask.window is None else (mask.window - 1, 0)
+        out = varlen(
+            *(t.flatten(0, 1) for t in (q, k, v)), mask.bounds, mask.bounds, mask.longest, mask.longest,
+            causal=True, window_size=window,
+        )  # fmt: skip
+        return out.view(q.shape)
+
+    return attention
+
+
+def attention_for(device_type: str, dtype: torch.dtype) -> tuple[Callable[..., Any], Callable[..., Tensor]]:
+    """(mask, attention) for a device and a compute dtype: flash-attn where it is installed and can serve."""
+    if device_type == "cuda" and dtype != torch.float32 and importlib.util.find_spec("flash_attn"):
+        from flash_attn import flash_attn_varlen_func
+
+        return packed_mask, packed_attention(flash_attn_varlen_func)
+    return attention_mask, attention

@@ -1,12 +1,13 @@
 """A model, a plan and a mesh, brought together for this rank: what training, checking and export start from."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import Placement
 
+from .attention import attention_for
 from .data import local_batch
 from .mesh import Mesh, device_mesh
 from .model import Model
@@ -55,9 +56,9 @@ def make_job(
     placements = over_replicas(ask(plan, model.specs, mesh), replica)
     devices = device_mesh(mesh, replica, device_type)
     sharding = shard_model(model.specs, placements, devices, compute_dtype(precision))
-    ops = parallel_ops(
-        Ops(**{**vars(plain()), "linear": linear_for(precision)}), sharding, remat, grouped_mm_for(precision)
-    )
+    mask, attention = attention_for(device_type, compute_dtype(precision))
+    ops = replace(plain(), linear=linear_for(precision), mask=mask, attention=attention)
+    ops = parallel_ops(ops, sharding, remat, grouped_mm_for(precision))
     rank, ranks = 0, 1
     for axis, size, at in zip(devices.mesh_dim_names, devices.shape, devices.get_coordinate()):
         if axis != "sp":
