@@ -198,7 +198,8 @@ def run_mesh(
 
 
 def _check_placed(job: Job, of_batch: Mapping[str, DTensor], state: State) -> None:
-    kinds = {"gradient of": of_batch, "parameter": state.params, "first moment of": state.mu, "second moment of": state.nu}
+    moments = {"first moment of": state.mu, "second moment of": state.nu}
+    kinds = {"gradient of": of_batch, "parameter": state.params, **moments}
     for kind, tensors in kinds.items():
         for name, spec in job.model.specs.items():
             t, wanted = tensors[name], job.placements[name]
@@ -224,9 +225,6 @@ def deviations(found: Sequence[Run], expected: Run, model: Model) -> list[Differ
     """As `differences`, of whatever size: one for every metric and tensor."""
     first = found[0]
     out = []
-    for name, value in expected.metrics.items():
-        error = abs(first.metrics[name] - value) / max(abs(value), 1e-6)
-        out.append(Difference(name, value, first.metrics[name], error))
     before = {name: values(name, spec) for name, spec in model.specs.items()}
     changed = {name: p - before[name] for name, p in expected.params.items()}
     kinds = (
@@ -240,11 +238,14 @@ def deviations(found: Sequence[Run], expected: Run, model: Model) -> list[Differ
         floor = 1e-3 * float(torch.stack([t.abs().max() for t in scale.values()]).median())
         for name, tensor in theirs.items():
             out.append(_largest(f"{kind} {name}", ours[name], tensor, max(float(scale[name].abs().max()), floor)))
+    for name, value in expected.metrics.items():
+        out.append(Difference(name, value, first.metrics[name], abs(first.metrics[name] - value) / abs(value)))
     for rank, run in enumerate(found):
         for kind in ("gradients", "params", "mu", "nu"):
             for name, tensor in getattr(run, kind).items():
                 if not torch.equal(tensor, getattr(first, kind)[name]):
-                    out.append(Difference(f"{kind} of {name}", "the same bits on all ranks", f"others on rank {rank}", 1.0))
+                    what = f"{kind} of {name}"
+                    out.append(Difference(what, "the same bits on all ranks", f"others on rank {rank}", 1.0))
     return out
 
 
@@ -253,4 +254,5 @@ def _largest(what: str, found: Tensor, expected: Tensor, scale: float) -> Differ
         return Difference(what, tuple(expected.shape), tuple(found.shape), 1.0)
     error = (found - expected).abs().nan_to_num(nan=torch.inf)
     at = int(error.argmax())
-    return Difference(what, float(expected.flatten()[at]), float(found.flatten()[at]), float(error.flatten()[at]) / scale)
+    numbers = (float(t.flatten()[at]) for t in (expected, found))
+    return Difference(what, *numbers, float(error.flatten()[at]) / scale)
