@@ -18,8 +18,6 @@ from typing import Annotated, Literal, TypeVar
 
 import tyro
 
-from .mesh import Mesh
-
 PROGRAM = "python -m ftrain"
 
 T = TypeVar("T")
@@ -287,19 +285,3 @@ def validate(cfg: TrainConfig) -> None:
         # wandb leaves a directory of its own name, which Python takes for an empty package.
         if found is None or found.origin is None:
             raise ValueError("--track wandb: the package wandb is not installed (pip install wandb)")
-
-
-def local_batch(cfg: TrainConfig, mesh: Mesh) -> tuple[int, int]:
-    """(rows, tokens a row) that a rank computes at a time: the batch is split over replica, fsdp
-    and ep and over the accumulated parts, the sequence over sp.
-
-    Raises ValueError, naming the flag, when they do not divide evenly.
-    """
-    parts = {"replica": cfg.mesh.replica, "fsdp": mesh.fsdp, "ep": mesh.ep, "accumulate": cfg.accumulate}
-    n = math.prod(parts.values())
-    if cfg.batch_size % n:
-        product = " x ".join(f"{name} {size}" for name, size in parts.items() if size > 1)
-        raise ValueError(f"--batch-size {cfg.batch_size}: must be a multiple of {n} = {product}")
-    if cfg.seq_len % mesh.sp:
-        raise ValueError(f"--seq-len {cfg.seq_len}: must be a multiple of --mesh.sp {mesh.sp}")
-    return cfg.batch_size // n, cfg.seq_len // mesh.sp

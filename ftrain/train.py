@@ -14,6 +14,7 @@ from . import checkpoint, launch, records, tokenizer
 from .config import TrainConfig, resolved
 from .console import Console, Shard, console
 from .data import Data, batch_at, heldout_batches, prefetch, prepare
+from .disk import tidy
 from .flops import flops_per_token, peak_flops, peak_memory
 from .generate import generate
 from .job import Job, make_job
@@ -72,8 +73,10 @@ def _has_weights(model: str) -> bool:
 
 def _clear_out(cfg: TrainConfig, rank: int) -> None:
     """See that the run directory is ours to write to, before any work is done."""
-    if cfg.overwrite and rank == 0:
-        records.clear(cfg.out)
+    if rank == 0:
+        if cfg.overwrite:
+            records.clear(cfg.out)
+        tidy(Path(cfg.out) / records.CHECKPOINTS)
     dist.barrier()
     if cfg.resume == "never" and checkpoint.latest(cfg.out):
         raise ValueError(f"--resume never: {cfg.out} holds checkpoints; give another --out, or --overwrite")

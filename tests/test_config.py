@@ -14,7 +14,6 @@ def test_default_is_valid_on_one_process():
     cfg = TrainConfig()
     config.validate(cfg)
     assert resolve(**dataclasses.asdict(cfg.mesh), world=1) == Mesh(1, 1, 1)
-    assert config.local_batch(cfg, Mesh()) == (8, 256)
 
 
 def test_every_field_is_in_exactly_one_group():
@@ -116,12 +115,3 @@ def test_resolved_fills_in_precision_and_run_directory(tmp_path):
     assert config.resolved(TrainConfig(model=str(tmp_path) + "/"), accelerated=False).out == f"runs/{tmp_path.name}"
     assert config.resolved(TrainConfig(out="there"), accelerated=False).out == "there"
     assert json.loads(config.to_json(config.resolved(TrainConfig(), False)))["mesh"]["fsdp"] == -1
-
-
-def test_local_batch():
-    cfg = TrainConfig(batch_size=24, accumulate=2, seq_len=96, mesh=MeshConfig(replica=2))
-    assert config.local_batch(cfg, Mesh(fsdp=3, sp=4, ep=2)) == (1, 24)
-    with pytest.raises(ValueError, match="must be a multiple of 20 = replica 2 x fsdp 5 x accumulate 2"):
-        config.local_batch(cfg, Mesh(fsdp=5))
-    with pytest.raises(ValueError, match="--seq-len 96: must be a multiple of --mesh.sp 5"):
-        config.local_batch(cfg, Mesh(sp=5))
