@@ -45,7 +45,7 @@ def packed_mask(segment_ids: Tensor, window: int | None = None) -> Packed:
     B, S = segment_ids.shape
     starts = F.pad(segment_ids.diff(dim=1) != 0, (1, 0), value=True)
     first = starts.flatten().nonzero()[:, 0]
-    return Packed(F.pad(first, (0, 1), value=B * S).to(torch.int32), S, window)
+    return Packed(torch.cat([first, first.new_tensor([B * S])]).to(torch.int32), S, window)
 
 
 def packed_attention(varlen: Callable[..., Tensor]) -> Callable[..., Tensor]:
