@@ -131,7 +131,9 @@ def well_formed(plan: Plan, model: Model) -> str:
     cases = unserved = 0
     for mesh in meshes():
         placements = asked(plan, model, mesh)
-        first = {(spec.shape, placements[name]): name for name, spec in reversed(model.specs.items())}
+        first: dict[tuple, str] = {}
+        for name, spec in model.specs.items():
+            first.setdefault((spec.shape, placements[name]), name)
         for (shape, of_tensor), name in first.items():
             _tiles(name, shape, of_tensor, mesh)
             cases += 1

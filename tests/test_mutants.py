@@ -1,0 +1,218 @@
+"""Deliberate faults, each seen by the comparison that the plans' tests rest on: proof that it can fail."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ftrain import job, parallel, step
+from ftrain.equivalence import differences, random_batch, run_mesh, run_plain, shrink
+from ftrain.layout import Pieces
+from ftrain.mesh import Mesh
+from ftrain.model import find_model
+from ftrain.plan import find_plan
+
+MODEL = find_model(shrink(find_model("qwen3-moe-tiny").hf))
+BATCHES = [random_batch(131, 4, 10, seed) for seed in range(2)]  # two: some faults show in the second step only
+
+
+def where(condition, act, otherwise):
+    """A collective that does `act` on the tensors that the condition holds for."""
+    return lambda x, group: act(x, group) if group.size > 1 and condition(x) else otherwise(x, group)
+
+
+def times_ranks(x, group):
+    return x * group.size
+
+
+def reduce_over_copies_dropped(patch):
+    patch.setattr(parallel, "all_reduce", lambda x, group: x)
+
+
+def reduce_scatter_dropped(patch):
+    patch.setattr(parallel, "reduce_scatter", lambda x, group: x[group.rank])
+
+
+def replicas_not_reduced(patch):
+    over = parallel.group_over
+    patch.setattr(
+        parallel, "group_over", lambda mesh, dims: over(mesh, [d for d in dims if d != "replica" or len(dims) == 4])
+    )
+
+
+def gradients_reduced_in_bf16(patch):
+    reduced = parallel.Bucket.reduced
+    patch.setattr(parallel.Bucket, "reduced", lambda self, grads: reduced(self, tuple(g.bfloat16() for g in grads)))
+
+
+def pieces_in_the_wrong_order(patch):
+    assemble = Pieces.assemble
+    patch.setattr(Pieces, "assemble", lambda self, rows: assemble(self, rows.flip(0)))
+
+
+def experts_one_slot_on(patch):
+    slots = parallel.expert_slots
+
+    def rolled(*args):
+        found = slots(*args)
+        return found and (*found[1:], found[0])
+
+    patch.setattr(parallel, "expert_slots", rolled)
+
+
+def combined_without_the_inverse(patch):
+    patch.setattr(
+        parallel, "combine", lambda y, weight, order, inverse: (y.unflatten(0, weight.shape) * weight[..., None]).sum(1)
+    )
+
+
+def loss_by_local_tokens(patch):
+    # A mean of means: right only where every rank has as many labels.
+    patch.setattr(step, "all_reduce", where(lambda x: x.dtype == torch.int64, times_ranks, step.all_reduce))
+
+
+def balance_by_local_counts(patch):
+    patch.setattr(step, "all_reduce", where(lambda x: x.ndim == 2, times_ranks, step.all_reduce))
+
+
+def loss_divided_by_sp(patch):
+    loss = step.cross_entropy
+    patch.setattr(step, "cross_entropy", lambda *args: loss(*args) / 2)
+
+
+def norm_of_one_rank(patch):
+    def forget(x, group):
+        return torch.cat([x[:1], everywhere(x, group)[1:]])
+
+    everywhere = step.all_reduce
+    patch.setattr(step, "all_reduce", where(lambda x: x.is_floating_point() and x.ndim == 1, forget, everywhere))
+
+
+def copies_counted_in_the_norm(patch):
+    shard = job.shard_model
+
+    def without(*args):
+        sharding = shard(*args)
+        return replace(sharding, copies=dict.fromkeys(sharding.copies, 1))
+
+    patch.setattr(job, "shard_model", without)
+
+
+def positions_from_the_start_of_the_part(patch):
+    part = job.local_batch
+
+    def restarted(batch, rank, ranks, sp_rank, sp, accumulate):
+        parts = part(batch, rank, ranks, sp_rank, sp, accumulate)
+        return [{**p, "position_ids": p["position_ids"] - sp_rank * p["position_ids"].shape[1]} for p in parts]
+
+    patch.setattr(job, "local_batch", restarted)
+
+
+def segments_not_gathered(patch):
+    patch.setattr(
+        parallel, "all_gather",
+        where(lambda x: x.dtype == torch.int64, lambda x, g: x.expand(g.size, *x.shape), parallel.all_gather),
+    )  # fmt: skip
+
+
+def heads_repeated_in_the_wrong_order(patch):
+    patch.setattr(torch.Tensor, "repeat_interleave", lambda x, n, dim: x.repeat(1, 1, n, 1))
+
+
+def heads_come_back_in_the_wrong_order(patch):
+    back = parallel.tokens_for_heads
+    patch.setattr(parallel, "tokens_for_heads", lambda x, sp: back(x, sp).roll(1, 2))
+
+
+def labels_shifted_again(patch):
+    loss = step.cross_entropy
+    patch.setattr(step, "cross_entropy", lambda hidden, table, labels: loss(hidden, table, labels.roll(1, 1)))
+
+
+def updated(patch, change):
+    """`change` what the update is given: a dict of its arguments, by name."""
+    real = step.update_
+    names = ("adam", "lr", "decay", "params", "grads", "mu", "nu", "step", "norm", "apply")
+
+    def wrong(*args):
+        given = dict(zip(names, args, strict=True))
+        real(**{**given, **change(given)})
+
+    patch.setattr(step, "update_", wrong)
+
+
+def decay_of_norms(patch):
+    updated(patch, lambda given: {"decay": dict.fromkeys(given["decay"], True)})
+
+
+def no_decay_at_all(patch):
+    updated(patch, lambda given: {"decay": dict.fromkeys(given["decay"], False)})
+
+
+def moments_not_kept(patch):
+    updated(patch, lambda given: {"mu": {name: t.clone() for name, t in given["mu"].items()}})
+
+
+def no_clipping(patch):
+    updated(patch, lambda given: {"norm": given["norm"] * 0})
+
+
+def bias_corrected_a_step_late(patch):
+    updated(patch, lambda given: {"step": given["step"] + 1})
+
+
+def accumulated_without_zeroing(patch):
+    patch.setattr(step, "torch", SimpleNamespace(**{**vars(torch), "where": lambda last, zero, g: g}))
+
+
+SP2, EP2, FSDP2, ONE = Mesh(1, 2, 1), Mesh(1, 1, 2), Mesh(2, 1, 1), Mesh()
+CASES = [
+    (reduce_over_copies_dropped, "ddp", FSDP2, {}),
+    (reduce_over_copies_dropped, "fsdp", SP2, {}),
+    (reduce_over_copies_dropped, "fsdp_ep", Mesh(2, 1, 2), {"replica": 2}),
+    (reduce_scatter_dropped, "fsdp", FSDP2, {}),
+    (reduce_scatter_dropped, "fsdp_sp", SP2, {}),
+    (replicas_not_reduced, "fsdp", FSDP2, {"replica": 2}),
+    (gradients_reduced_in_bf16, "fsdp", FSDP2, {}),
+    (pieces_in_the_wrong_order, "fsdp", FSDP2, {}),
+    (experts_one_slot_on, "fsdp_ep", EP2, {}),
+    (combined_without_the_inverse, "fsdp_ep", EP2, {}),
+    (loss_by_local_tokens, "fsdp", FSDP2, {}),
+    (loss_by_local_tokens, "fsdp", SP2, {}),
+    (balance_by_local_counts, "fsdp", FSDP2, {}),
+    (loss_divided_by_sp, "fsdp_sp", SP2, {}),
+    (norm_of_one_rank, "fsdp", FSDP2, {}),
+    (copies_counted_in_the_norm, "ddp", FSDP2, {}),
+    (positions_from_the_start_of_the_part, "fsdp_sp", SP2, {}),
+    (segments_not_gathered, "fsdp_sp", SP2, {}),
+    (heads_repeated_in_the_wrong_order, "fsdp_sp", Mesh(1, 4, 1), {}),
+    (heads_come_back_in_the_wrong_order, "fsdp_sp", SP2, {}),
+    (labels_shifted_again, "ddp", ONE, {}),
+    (decay_of_norms, "ddp", ONE, {}),
+    (no_decay_at_all, "ddp", ONE, {}),
+    (moments_not_kept, "ddp", ONE, {}),
+    (no_clipping, "ddp", ONE, {}),
+    (bias_corrected_a_step_late, "ddp", ONE, {}),
+    (accumulated_without_zeroing, "ddp", ONE, {"accumulate": 2}),
+]
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return run_plain(MODEL, BATCHES)
+
+
+def compare(expected, plan, mesh, how):
+    return differences(run_mesh(MODEL, find_plan(plan), mesh, BATCHES, **how), expected, MODEL)
+
+
+@pytest.mark.parametrize("fault, plan, mesh, how", CASES, ids=lambda v: getattr(v, "__name__", None))
+def test_a_fault_is_seen(fault, plan, mesh, how, expected, monkeypatch):
+    fault(monkeypatch)
+    assert compare(expected, plan, mesh, how)
+
+
+@pytest.mark.parametrize("plan, mesh, how", {repr(case[1:]): case[1:] for case in CASES}.values())
+def test_without_a_fault_nothing_is_seen(plan, mesh, how, expected):
+    assert not [str(d) for d in compare(expected, plan, mesh, how)]
