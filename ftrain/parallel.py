@@ -280,7 +280,8 @@ def dispatching_experts(ep: Group, slots: tuple[int, ...], grouped_mm: Callable[
         slot = index if in_order else torch.tensor(slots, device=index.device)[index]
         order, inverse, counts = sort_by_expert(slot, E)  # rows grouped by ep rank, then by its expert
         arriving = swap(counts.view(ep.size, E // ep.size), ep)  # [from rank, my expert]
-        sent, received = counts.view(ep.size, -1).sum(1).tolist(), arriving.sum(1).tolist()
+        # One copy to the host, the only one of the layer: the sizes of what follows depend on it.
+        sent, received = torch.stack([counts.view(ep.size, -1).sum(1), arriving.sum(1)]).cpu().tolist()
         for n in (*sent, *received):
             torch._check(n >= 0)
         rows = permute(x, order, inverse, index.shape[1])
