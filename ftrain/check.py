@@ -30,6 +30,7 @@ from .model import Model, find_model
 from .parallel import expert_slots, group_key, kv_repeats
 from .plan import Plan, ask, find_plan
 from .ranks import run_ranks
+from .specs import ParamSpec
 from .state import make_state, whole
 
 UNKNOWN = "no.such.parameter.weight"
@@ -171,15 +172,19 @@ def _tiles(name: str, shape: tuple[int, ...], placements: tuple[Placement, ...],
 def _experts_fit(model: Model, placements: Mapping[str, tuple[Placement, ...]], mesh: Mesh) -> bool:
     """False where only the number of experts is at fault. Raises Broken where it is the plan."""
     sizes = dict(zip(AXES, mesh))
+    experts: dict[tuple, tuple[str, ParamSpec]] = {}  # of each kind the first: layers are alike
+    for name, spec in model.specs.items():
+        if spec.experts:
+            experts.setdefault((spec.shape, placements[name]), (name, spec))
+    kinds = dict(experts.values())
     try:
-        expert_slots(model.specs, placements, AXES, sizes)
+        expert_slots(kinds, placements, AXES, sizes)
         return True
     except ValueError:
         pass
-    experts = {name: spec for name, spec in model.specs.items() if spec.experts}
-    many = {name: replace(spec, shape=(spec.shape[0] * mesh.size, *spec.shape[1:])) for name, spec in experts.items()}
+    one_each = {name: replace(spec, shape=(mesh.size, *spec.shape[1:])) for name, spec in kinds.items()}
     try:
-        expert_slots(many, placements, AXES, sizes)
+        expert_slots(one_each, placements, AXES, sizes)
         return False
     except ValueError as error:
         raise Broken(f"{show(mesh)}: {error}") from None
