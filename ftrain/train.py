@@ -53,11 +53,15 @@ def _run(cfg: TrainConfig, process: launch.Process, con: Console) -> None:
     )  # fmt: skip
     weights = cfg.init or (cfg.model if _has_weights(cfg.model) else None)
     source = next((Path(d) for d in (cfg.init, cfg.model) if d and Path(d).is_dir()), None)
-    _clear_out(cfg, process.rank)
+    _check_out(cfg, process.rank)
     with con.phase("reading the data"):
         data = _prepare_on_one(cfg, source, model)
     with con.phase("loading the parameters" if weights else "initialising the parameters"):
         state, position, resumed = _start(cfg, job, weights, con)
+    if cfg.overwrite:  # only now: a mistake above costs nothing, and the weights may come from there
+        dist.barrier()
+        if process.rank == 0:
+            records.clear(cfg.out)
     _introduce(cfg, job, state, data, con)
     book = records.open_records(cfg, resumed, con.warn) if process.rank == 0 else None
     try:
@@ -71,14 +75,12 @@ def _has_weights(model: str) -> bool:
     return Path(model).is_dir() and any(Path(model).glob("*.safetensors"))
 
 
-def _clear_out(cfg: TrainConfig, rank: int) -> None:
+def _check_out(cfg: TrainConfig, rank: int) -> None:
     """See that the run directory is ours to write to, before any work is done."""
     if rank == 0:
-        if cfg.overwrite:
-            records.clear(cfg.out)
         tidy(Path(cfg.out) / records.CHECKPOINTS)
     dist.barrier()
-    if cfg.resume == "never" and checkpoint.latest(cfg.out):
+    if cfg.resume == "never" and not cfg.overwrite and checkpoint.latest(cfg.out):
         raise ValueError(f"--resume never: {cfg.out} holds checkpoints; give another --out, or --overwrite")
 
 
@@ -98,7 +100,7 @@ def _start(cfg: TrainConfig, job: Job, weights: str | None, con: Console) -> tup
         state, meta = checkpoint.restore(cfg.resume, specs, placements, mesh)
         checkpoint.set_rng(meta["rng"])
         con.info(f"resuming from {cfg.resume}")
-    elif cfg.resume == "auto" and checkpoint.latest(cfg.out):
+    elif cfg.resume == "auto" and not cfg.overwrite and checkpoint.latest(cfg.out):
         state, meta, directory = checkpoint.resume(cfg.out, specs, placements, mesh, warn=con.warn)
         con.info(f"resuming from {directory}")
     elif weights:
