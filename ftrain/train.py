@@ -207,9 +207,10 @@ def _loop(
         if not values.pop("finite"):
             if saved != step - 1:
                 save()
+            kept = f"step {step - 1} is saved in {cfg.out}" if step > 1 else "there was none before it to be saved"
             raise Diverged(
                 f"the loss is {values['loss']} and the gradient norm {values['grad_norm']} at step {step} (lr "
-                f"{values['lr']:.2e}): the update was not made, and step {step - 1} is saved in {cfg.out}; "
+                f"{values['lr']:.2e}): the update was not made, and {kept}; "
                 "try a smaller --lr, a longer --warmup, or other data"
             )
         tokens = cfg.batch_size * cfg.seq_len
