@@ -6,6 +6,7 @@ and loss, gradients, clipping and AdamW are torch's own.
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -171,30 +172,40 @@ class Traffic(TorchDispatchMode):
 
 
 def run_mesh(
-    model: Model, plan: Plan, mesh: Mesh, batches: Sequence[Batch], recipe: Recipe = RECIPE, *,
-    replica: int = 1, remat: str = "none", accumulate: int = 1,
-) -> list[Run]:  # fmt: skip
-    """One step on each batch, on every rank of the mesh -> their runs.
+    model: Model, plan: Plan, mesh: Mesh, batches: Sequence[Batch], recipe: Recipe = RECIPE, *, replica: int = 1, **how
+) -> list[Run]:
+    """`run_rank` on every rank of the mesh, as threads -> their runs."""
+    return run_ranks(
+        mesh.size * replica, lambda rank: run_rank(model, plan, mesh, batches, recipe, replica=replica, **how)
+    )
 
+
+def run_rank(
+    model: Model, plan: Plan, mesh: Mesh, batches: Sequence[Batch], recipe: Recipe = RECIPE, *,
+    replica: int = 1, remat: str = "none", accumulate: int = 1, mode: str = "off",
+) -> Run:  # fmt: skip
+    """One step on each batch. Needs an initialised process group; every rank must call it.
+
+    Traffic is counted where nothing is compiled (mode "off").
     Raises ValueError where model, plan and mesh do not fit each other, and Misplaced.
     """
-
-    def rank_main(rank: int) -> Run:
-        job = make_job(model, plan, mesh, replica, remat=remat)
-        state = make_state(
-            model.specs, job.placements, job.device_mesh, lambda name, spec, slices: values(name, spec)[slices]
-        )
-        of_batch = make_gradients(model.forward, job.sharding, job.ops, recipe)(state, job.microbatches(batches[0])[0])
-        step = make_train_step(model.forward, model.specs, job.sharding, job.ops, recipe, "off", accumulate)
-        for batch in batches:
-            with Traffic() as traffic:
-                state, metrics = step(state, job.microbatches(batch, accumulate))
-        _check_placed(job, of_batch, state)
-        numbers = {name: float(value) for name, value in metrics.items() if value.ndim == 0}
-        tensors = ({n: whole(t).clone() for n, t in ts.items()} for ts in (of_batch, state.params, state.mu, state.nu))
-        return Run(numbers, *tensors, traffic.seen)
-
-    return run_ranks(mesh.size * replica, rank_main)
+    job = make_job(model, plan, mesh, replica, remat=remat)
+    state = make_state(
+        model.specs, job.placements, job.device_mesh, lambda name, spec, slices: values(name, spec)[slices]
+    )
+    of_batch = make_gradients(model.forward, job.sharding, job.ops, recipe, mode)(
+        state, job.microbatches(batches[0])[0]
+    )
+    step = make_train_step(model.forward, model.specs, job.sharding, job.ops, recipe, mode, accumulate)
+    traffic = Traffic()
+    for batch in batches:
+        traffic.seen.clear()
+        with traffic if mode == "off" else nullcontext():
+            state, metrics = step(state, job.microbatches(batch, accumulate))
+    _check_placed(job, of_batch, state)
+    numbers = {name: float(value) for name, value in metrics.items() if value.ndim == 0}
+    tensors = ({n: whole(t).clone() for n, t in ts.items()} for ts in (of_batch, state.params, state.mu, state.nu))
+    return Run(numbers, *tensors, traffic.seen)
 
 
 def _check_placed(job: Job, of_batch: Mapping[str, DTensor], state: State) -> None:

@@ -205,9 +205,6 @@ def test_experts_cut_by_two_dimensions_alternate():
 # --- The command
 
 
-def bad(answer):
-    return lambda name, shape, mesh: answer(name, mesh)
-
 
 BAD = {
     "crashes": (lambda name, mesh: 1 // 0, "1  total", "ZeroDivisionError"),
@@ -233,7 +230,7 @@ BAD = {
 @pytest.mark.parametrize("why", BAD)
 def test_check_finds_the_smallest_counterexample(why, monkeypatch, capsys):
     answer, where, what = BAD[why]
-    monkeypatch.setattr(check, "find_plan", lambda which: bad(answer))
+    monkeypatch.setattr(check, "find_plan", lambda which: lambda name, shape, mesh: answer(name, mesh))
     assert check.check("mine", "qwen3-moe-tiny") is False
     lines = capsys.readouterr().out.splitlines()
     [failed] = [line for line in lines if "FAILS" in line]

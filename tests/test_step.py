@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
 
-from ftrain.equivalence import RECIPE, differences, random_batch, run_mesh, run_plain, shrink, values
+from ftrain.equivalence import RECIPE, Run, differences, random_batch, run_mesh, run_plain, run_rank, shrink, values
 from ftrain.job import make_job
 from ftrain.mesh import Mesh
 from ftrain.model import find_model
@@ -101,6 +101,32 @@ def test_another_shape_is_another_graph(one_rank):
         state, metrics = step(state, job.microbatches(random_batch(131, 4, length, 0)))
         assert metrics["finite"]
     assert counters["stats"]["unique_graphs"] == 2
+
+
+def compiled_rank(rank, folder):
+    """One of two processes; see below."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    for plan, mesh, how in COMPILED:
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            run = run_rank(MODEL, find_plan(plan), mesh, batches(3), mode="aot_eager", **how)
+        torch.save(run._asdict(), f"{folder}/{plan}-{rank}.pt")
+        torch._dynamo.reset()
+    assert not counters["graph_break"]
+    dist.destroy_process_group()
+
+
+COMPILED = [("fsdp_ep", Mesh(1, 1, 2), {}), ("fsdp_sp", Mesh(1, 2, 1), {"remat": "full", "accumulate": 2})]
+
+
+@pytest.mark.slow
+def test_compiled_ranks_are_one_device(tmp_path):
+    """Two processes with gloo, the step of each captured and compiled, tokens sent as the routing goes."""
+    torch.multiprocessing.spawn(compiled_rank, (str(tmp_path),), nprocs=2)
+    expected = run_plain(MODEL, batches(3))
+    for plan, *_ in COMPILED:
+        runs = [Run(**torch.load(tmp_path / f"{plan}-{rank}.pt")) for rank in range(2)]
+        assert not [str(d) for d in differences(runs, expected, MODEL)][:3], plan
 
 
 # --- Recomputation and accumulation
@@ -297,8 +323,8 @@ def test_schedules(kind, steps, warmup):
 
 def test_schedules_at_their_corners():
     """Numbers that can be read off the definition."""
-    at = {kind: lambda i, kind=kind: float(Schedule(100, kind, 10, 0.1, 0.2)(torch.tensor(i))) for kind in
-          ("cosine", "linear", "wsd", "constant")}  # fmt: skip
+    kinds = ("cosine", "linear", "wsd", "constant")
+    at = {kind: lambda i, kind=kind: float(Schedule(100, kind, 10, 0.1, 0.2)(torch.tensor(i))) for kind in kinds}
     for factor in at.values():
         assert factor(0) == pytest.approx(0.1) and factor(4) == pytest.approx(0.5)  # a tenth, half of the warm-up
         assert factor(10) == pytest.approx(1.0)
