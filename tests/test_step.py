@@ -328,7 +328,7 @@ def test_schedules_at_their_corners():
     for factor in at.values():
         assert factor(0) == pytest.approx(0.1) and factor(4) == pytest.approx(0.5)  # a tenth, half of the warm-up
         assert factor(10) == pytest.approx(1.0)
-    assert at["cosine"](55) == pytest.approx(0.55) and at["linear"](55) == pytest.approx(0.55)  # half way down to a tenth
+    assert all(at[kind](55) == pytest.approx(0.55) for kind in ("cosine", "linear"))  # half way down to a tenth
     assert at["wsd"](80) == pytest.approx(1.0) and at["wsd"](90) == pytest.approx(0.55)
     assert at["constant"](100) == pytest.approx(1.0)
     assert all(at[kind](100) == pytest.approx(0.1) for kind in ("cosine", "linear", "wsd"))
