@@ -29,8 +29,19 @@ def clip(model: torch.nn.Module, largest: float) -> float:
     return norm.item()
 
 
+@torch.no_grad()
+def nudge(model: torch.nn.Module, seed: int) -> None:
+    """What becomes of this is what becomes of round-off: the measure for all other differences."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        up = torch.rand(p.shape, generator=generator) < 0.5
+        p.copy_(torch.nextafter(p, torch.where(up, torch.inf, -torch.inf)))
+
+
 def main() -> None:
-    args = parse(arguments(__doc__))
+    parser = arguments(__doc__)
+    parser.add_argument("--nudge", type=int, help="change the last bit of every weight, up or down by this seed")
+    args = parse(parser)
     if args.sp > 1 or args.ep > 1 or args.fsdp != int(os.environ.get("WORLD_SIZE", 1)):
         raise SystemExit("transformers runs on --fsdp alone, as many as there are ranks")
     if args.router_aux and args.fsdp > 1:
@@ -42,6 +53,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(
         args.model, config=config, dtype=torch.float32, attn_implementation="sdpa"
     ).train()
+    if args.nudge is not None:
+        nudge(model, args.nudge)
     rank = 0
     if args.fsdp > 1:
         rank = dist.get_rank()
@@ -56,7 +69,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
     seen = train(model, optimizer, lambda: clip(model, args.clip), losses, total)
     if rank == 0:
-        write(args, "transformers", seen)
+        write(args, "transformers" if args.nudge is None else f"nudged {args.nudge}", seen)
     if args.fsdp > 1:
         dist.destroy_process_group()
 
