@@ -1,4 +1,4 @@
-"""Write the tiny models' checkpoints, initialised by transformers: checkpoints.py FOLDER -> FOLDER/{qwen3,qwen3_moe}."""
+"""Write the tiny models as transformers initialises them: checkpoints.py FOLDER -> FOLDER/{qwen3,qwen3_moe}."""
 
 import sys
 from pathlib import Path

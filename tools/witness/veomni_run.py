@@ -22,7 +22,7 @@ EAGER = (
 
 
 def build(args) -> torch.nn.Module:
-    """The checkpoint, sharded. VeOmni's "sdpa" attention ignores sequence parallelism: that takes its flash attention."""
+    """The checkpoint, sharded. Flash attention under sp, since VeOmni's "sdpa" ignores sequence parallelism."""
     ops = OpsImplementationConfig(
         attn_implementation="flash_attention_4" if args.sp > 1 else "sdpa",
         moe_implementation="fused_cpu" if args.ep > 1 else "eager",
