@@ -278,6 +278,8 @@ def validate(cfg: TrainConfig) -> None:
         raise ValueError(f"--batch-size {cfg.batch_size}: must be a multiple of --accumulate {cfg.accumulate}")
     if cfg.overwrite and cfg.resume not in ("auto", "never"):
         raise ValueError(f"--overwrite excludes --resume {cfg.resume}: give one of the two")
+    if cfg.init is not None and not Path(cfg.init).is_dir():
+        raise FileNotFoundError(f"--init {cfg.init}: must be a directory with Hugging Face weights")
     if cfg.resume not in ("auto", "never") and not Path(cfg.resume).is_dir():
         raise FileNotFoundError(f"--resume {cfg.resume}: must be auto, never, or the directory of a checkpoint")
     if cfg.track == "wandb":
