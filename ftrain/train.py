@@ -57,7 +57,7 @@ def _run(cfg: TrainConfig, process: launch.Process, con: Console) -> None:
     with con.phase("reading the data"):
         data = _prepare_on_one(cfg, source, model)
     with con.phase("loading the parameters" if weights else "initialising the parameters"):
-        state, position, resumed = _start(cfg, job, weights, con)
+        state, position, resumed = _start(cfg, job, weights, data.digest, con)
     if cfg.overwrite:  # only now: a mistake above costs nothing, and the weights may come from there
         dist.barrier()
         if process.rank == 0:
@@ -93,7 +93,9 @@ def _prepare_on_one(cfg: TrainConfig, source: Path | None, model: Model) -> Data
     return data or ready()
 
 
-def _start(cfg: TrainConfig, job: Job, weights: str | None, con: Console) -> tuple[State, int, int | None]:
+def _start(
+    cfg: TrainConfig, job: Job, weights: str | None, digest: str, con: Console
+) -> tuple[State, int, int | None]:
     """-> the state, the position in the data, and the step resumed from (None: a new run)."""
     specs, placements, mesh = job.model.specs, job.placements, job.device_mesh
     if cfg.resume not in ("auto", "never"):
@@ -110,6 +112,8 @@ def _start(cfg: TrainConfig, job: Job, weights: str | None, con: Console) -> tup
         return init_state(specs, placements, mesh, cfg.seed), 0, None
     if meta["seed"] != cfg.seed:
         con.warn(f"--seed {cfg.seed}, but the checkpoint's run had {meta['seed']}: the data's order changes here")
+    if meta["data"] != digest:
+        con.warn("the text or its tokenizer is not that of the checkpoint's run: other data from here on")
     return state, meta["sequences"], int(state.step)
 
 
