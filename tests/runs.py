@@ -78,9 +78,3 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
         for path in directory.glob(f"{pattern}.safetensors"):
             found |= {kind + name: tensor for name, tensor in load_file(path).items()}
     return found
-
-
-def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """The largest difference of any element, as a fraction of its tensor's largest."""
-    assert a.keys() == b.keys() and a
-    return max(float((a[n] - b[n]).abs().max() / b[n].abs().max()) for n in a)
