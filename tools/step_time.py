@@ -1,0 +1,76 @@
+"""Time the train step compiled and uncompiled, side by side: python tools/step_time.py [--model M] [--rounds N].
+
+The two take turns, since a shared machine's speed drifts; medians and their ratio are printed.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as a run has it; must be set before torch starts its threads
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import tyro
+
+from ftrain.equivalence import random_batch
+from ftrain.job import make_job
+from ftrain.launch import finish, init
+from ftrain.mesh import Mesh
+from ftrain.model import find_model
+from ftrain.plan import find_plan
+from ftrain.state import init_state
+from ftrain.step import Recipe, make_train_step
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "qwen3-moe-tiny"
+    precision: str = "fp32"
+    remat: str = "none"
+    batch_size: int = 8
+    seq_len: int = 256
+    rounds: int = 15
+    """Steps of each kind that are timed, after one that is not."""
+
+
+def main(cfg: Config) -> None:
+    process = init()
+    model = find_model(cfg.model)
+    job = make_job(
+        model, find_plan("fsdp_sp_ep"), Mesh(),
+        device_type=process.device.type, precision=cfg.precision, remat=cfg.remat,
+    )  # fmt: skip
+    batch = random_batch(model.cfg.vocab, cfg.batch_size, cfg.seq_len, seed=0)
+    parts = [{name: t.to(process.device) for name, t in part.items()} for part in job.microbatches(batch)]
+
+    def stepper(mode: str) -> Callable[[], float]:
+        state = init_state(model.specs, job.placements, job.device_mesh, 0)
+        step = make_train_step(model.forward, model.specs, job.sharding, job.ops, Recipe(), mode)
+
+        def run() -> float:
+            began = time.perf_counter()
+            float(step(state, parts)[1]["loss"])
+            return time.perf_counter() - began
+
+        return run
+
+    steppers = {mode: stepper(mode) for mode in ("inductor", "off")}
+    for mode, run in steppers.items():
+        print(f"{mode}: first step {run():.1f} s", flush=True)
+    times = {mode: [] for mode in steppers}
+    for _ in range(cfg.rounds):
+        for mode, run in steppers.items():
+            times[mode].append(run())
+    for mode, seen in times.items():
+        print(f"{mode}: median {statistics.median(seen):.3f} s, {min(seen):.3f} to {max(seen):.3f} s over {len(seen)}")
+    ratios = [off / on for on, off in zip(times["inductor"], times["off"], strict=True)]
+    print(f"uncompiled / compiled: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
+    print(f"graphs compiled: {torch._dynamo.utils.counters['stats']['unique_graphs']}")
+    finish()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
