@@ -74,7 +74,7 @@ def grouped_mm_for(precision: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]
     if precision not in RECIPES:
         return grouped_mm
     with _quiet():
-        import torchao.float8  # noqa: F401  (here, and not within the traced `_rounded`)
+        import torchao.float8  # noqa: F401  (here, quietly: `_rounded` imports from it)
     kernel = None
     if torch.cuda.is_available() and torch.cuda.get_device_capability() in GROUPED_CAPABILITIES:
         kernel = _torchao_grouped_mm()
@@ -95,11 +95,9 @@ def fits(shape: tuple[int, ...]) -> bool:
     return len(shape) >= 2 and all(size % ALIGNMENT == 0 for size in shape[-2:])
 
 
-# ---- The experts' product, emulated. The two autograd functions are left whole in dynamo's graph: the backward
-# that dynamo would trace for them lacks the marks by which activation checkpointing knows a backward.
+# ---- The experts' product, emulated
 
 
-@torch._dynamo.allow_in_graph
 class _RowwiseGroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, offsets):
@@ -128,7 +126,6 @@ def rowwise_grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     return _RowwiseGroupedMM.apply(x, w, offsets)
 
 
-@torch._dynamo.allow_in_graph
 class _WeightGradient(torch.autograd.Function):
     """y as it is, but w's gradient is that of the unrounded product of x and w."""
 
