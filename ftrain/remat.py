@@ -11,8 +11,9 @@ POLICIES = ("none", "selective", "full")
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
 
-# Read from tensors, these integers shape all that follows: a second reading would be another unknown.
-ONCE = {aten._local_scalar_dense.default}
+# Decided once, for rows were moved by it. Integers read from tensors shape all that follows. Which experts a token
+# goes to must not be chosen again: a compiler rounds a recomputation otherwise, and close choices would fall otherwise.
+ONCE = {aten._local_scalar_dense.default, aten.topk.default}
 # Products worth their memory when recomputing selectively, and rows that crossed the network.
 COSTLY = {
     aten.mm.default,

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftrain.equivalence import RECIPE, Run, differences, random_batch, run_mesh, run_plain, run_rank, shrink, values
 from ftrain.job import make_job
@@ -141,6 +142,22 @@ def test_recomputation_changes_no_bit(mesh):
         for kind in ("gradients", "params"):
             for name, tensor in getattr(none, kind).items():
                 assert torch.equal(getattr(other, kind)[name], tensor), name
+
+
+@pytest.mark.parametrize("remat", POLICIES)
+def test_experts_are_chosen_once(one_rank, remat):
+    """Compiled in bf16, a recomputed router rounds otherwise: its choice would not be the one that rows were sent by."""
+    chosen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            chosen.extend([op] * (op is torch.ops.aten.topk.default))
+            return op(*args, **(kwargs or {}))
+
+    job, state, step = started(remat)
+    with Watch():
+        step(state, job.microbatches(batches(1)[0]))
+    assert len(chosen) == MODEL.cfg.layers
 
 
 @pytest.mark.parametrize("mesh, accumulate", [(Mesh(), 4), (Mesh(2, 1, 1), 4), (Mesh(1, 2, 1), 3)])
