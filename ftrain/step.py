@@ -93,7 +93,8 @@ def make_train_step(
     and the last run applies them. A loss or gradient that is not finite changes nothing: the
     state stays as it was, and the metrics say so (`finite` is 0).
     metrics: 0-dim tensors loss, grad_norm, lr, finite and, of models with experts,
-    router_aux_loss, router_z_loss and expert_counts [L, E].
+    router_aux_loss (not where several microbatches have no coefficient for it), router_z_loss and
+    expert_counts [L, E].
     """
     adam, decay = recipe.adam, {name: spec.decay for name, spec in specs.items()}
 
@@ -139,6 +140,10 @@ def make_train_step(
         for name in ("loss", "router_aux_loss", "router_z_loss"):
             if name in metrics:
                 metrics[name] = sum(m[name] for m in seen)
+        if accumulate > 1 and "expert_counts" in metrics and "routed" not in totals:
+            # Each microbatch counted its own; and a product of two averages is not the sum of its parts' products.
+            metrics["expert_counts"] = sum(m["expert_counts"] for m in seen)
+            del metrics["router_aux_loss"]
         return state, metrics
 
     return train_step

@@ -1,6 +1,7 @@
 """The train step: one graph, its updates in place, its schedule, its optimizer, its collectives."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -166,6 +167,17 @@ def test_accumulation_is_one_large_batch(mesh, accumulate):
     data = batches(2, rows=7)
     runs = run_mesh(MODEL, find_plan("fsdp"), mesh, data, accumulate=accumulate)
     assert not [str(d) for d in differences(runs, run_plain(MODEL, data), MODEL)][:3]
+
+
+def test_microbatches_without_a_balance_loss(one_rank):
+    """What is then shown of the experts is the whole batch's, or is not shown."""
+    job, state, _ = started()
+    batch, recipe = batches(1)[0], replace(RECIPE, router_aux=0.0)
+    expected = make_eval_step(MODEL.forward, job.sharding, job.ops, "off")(state, job.microbatches(batch)[0])
+    step = make_train_step(MODEL.forward, MODEL.specs, job.sharding, job.ops, recipe, "off", accumulate=2)
+    _, metrics = step(state, job.microbatches(batch, 2))
+    assert torch.equal(metrics["expert_counts"], expected["expert_counts"])
+    assert "router_aux_loss" not in metrics
 
 
 def test_a_dense_model_accumulates():
