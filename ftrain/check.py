@@ -6,7 +6,7 @@ of its family, of odd sizes.
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from itertools import product
@@ -24,7 +24,7 @@ from .equivalence import (
     TOLERANCE, Difference, Misplaced, Run, deviations, random_batch, run_mesh, run_plain, shrink, values,
 )  # fmt: skip
 from .job import make_job
-from .layout import check_placements, shard_slices
+from .layout import Placements, check_placements, shard_slices
 from .mesh import AXES, Mesh
 from .model import Model, find_model
 from .parallel import expert_slots, group_key, kv_repeats
@@ -103,7 +103,7 @@ def meshes(largest: int = LARGEST) -> list[Mesh]:
     return sorted((mesh for mesh in found if mesh.size <= largest), key=lambda mesh: (mesh.size, -mesh.fsdp))
 
 
-def asked(plan: Plan, model: Model, mesh: Mesh) -> dict[str, tuple[Placement, ...]]:
+def asked(plan: Plan, model: Model, mesh: Mesh) -> Placements:
     try:
         return ask(plan, model.specs, mesh)
     except ValueError as error:
@@ -169,7 +169,7 @@ def _tiles(name: str, shape: tuple[int, ...], placements: tuple[Placement, ...],
             raise Broken(f"{show(mesh)}: {name} {shape}: the pieces of dimension {dim} reach {reached} of {size}")
 
 
-def _experts_fit(model: Model, placements: Mapping[str, tuple[Placement, ...]], mesh: Mesh) -> bool:
+def _experts_fit(model: Model, placements: Placements, mesh: Mesh) -> bool:
     """False where only the number of experts is at fault. Raises Broken where it is the plan."""
     sizes = dict(zip(AXES, mesh))
     experts: dict[tuple, tuple[str, ParamSpec]] = {}  # of each kind the first: layers are alike

@@ -1,17 +1,16 @@
 """Model FLOPs, and what the machine could do: their ratio is the MFU."""
 
 import time
-from collections.abc import Mapping
 
 import torch
 
-from .specs import ParamSpec
+from .specs import Specs
 
 # Dense bf16 peak of one device, FLOP/s, from its maker's data sheet; the first name that fits.
 PEAKS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "MI300X": 1307e12}
 
 
-def flops_per_token(specs: Mapping[str, ParamSpec], cfg, seq_len: int) -> float:
+def flops_per_token(specs: Specs, cfg, seq_len: int) -> float:
     """FLOPs of forward and backward for one token of a row of `seq_len`, recomputation not counted.
 
     6 for each element the token is multiplied with (arXiv 2001.08361, section 2.1), and causal

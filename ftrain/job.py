@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.placement_types import Placement
 
 from .attention import attention_for
 from .data import local_batch
+from .layout import Placements
 from .mesh import Mesh, device_mesh
 from .model import Model
 from .ops import Ops, plain
@@ -29,7 +29,7 @@ class Job:
     batch_ranks: int
 
     @property
-    def placements(self) -> dict[str, tuple[Placement, ...]]:
+    def placements(self) -> Placements:
         return self.sharding.placements
 
     @property

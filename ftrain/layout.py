@@ -5,7 +5,7 @@ first, each cutting what the former left into pieces of ceil(length / n), so tha
 pieces can be short or empty.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 
 import torch
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
+
+Placements = Mapping[str, tuple[Placement, ...]]  # of each parameter, by name: one for each mesh dimension
 
 
 def chunk_lengths(length: int, n: int) -> list[int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import models
 from .ops import Output, fill_batch, plain
-from .specs import ParamSpec
+from .specs import Specs
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Model:
     family: str
     hf: dict
     cfg: Any
-    specs: dict[str, ParamSpec]
+    specs: Specs
     forward: Callable[..., Output]
 
 
@@ -92,7 +92,7 @@ def _hint(which: str, known: Mapping) -> str:
     return f"; did you mean {lowered[close[0]]!r}?" if close else f"; the presets are {', '.join(known)}"
 
 
-def param_counts(specs: Mapping[str, ParamSpec]) -> tuple[int, int]:
+def param_counts(specs: Specs) -> tuple[int, int]:
     """(total, active): all parameters, and those that one token is multiplied with."""
     return sum(spec.numel for spec in specs.values()), round(sum(spec.numel * spec.active for spec in specs.values()))
 

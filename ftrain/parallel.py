@@ -5,7 +5,7 @@
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
-from torch.distributed.tensor.placement_types import Placement
 
 from .collectives import Group, all_gather, all_reduce, all_to_all, group_over, reduce_scatter, swap
 from .experts import combine, grouped_mlp, permute, sort_by_expert
-from .layout import Pieces
+from .layout import Pieces, Placements
 from .ops import Ops
 from .remat import remat
-from .specs import ParamSpec
+from .specs import Specs
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Sharding:
     """
 
     mesh: DeviceMesh
-    placements: dict[str, tuple[Placement, ...]]
+    placements: Placements
     copies: dict[str, int]
     buckets: dict[str, tuple[Bucket, ...]]
     expert_slots: tuple[int, ...] | None
@@ -98,12 +97,7 @@ def group_key(name: str) -> str:
     return match.group() if match else name
 
 
-def shard_model(
-    specs: Mapping[str, ParamSpec],
-    placements: Mapping[str, tuple[Placement, ...]],
-    mesh: DeviceMesh,
-    dtype: torch.dtype,
-) -> Sharding:
+def shard_model(specs: Specs, placements: Placements, mesh: DeviceMesh, dtype: torch.dtype) -> Sharding:
     """Group the parameters into buckets, and make the process groups they need.
 
     Raises ValueError where the placements of experts cannot be served.
@@ -134,12 +128,14 @@ def shard_model(
         bucket = Bucket(tuple(names), tuple(pieces), group_over(mesh, gather), reduce, dtype)
         buckets[key] = (*buckets.get(key, ()), bucket)
     return Sharding(
-        mesh, dict(placements), copies, buckets, slots,
+        mesh, placements, copies, buckets, slots,
         world=group_over(mesh, axes), sp=group_over(mesh, ("sp",)), ep=group_over(mesh, ("ep",)),
     )  # fmt: skip
 
 
-def expert_slots(specs, placements, axes, sizes) -> tuple[int, ...] | None:
+def expert_slots(
+    specs: Specs, placements: Placements, axes: Sequence[str], sizes: Mapping[str, int]
+) -> tuple[int, ...] | None:
     """Where a plan keeps experts on `ep` (Shard(0) there), the slot of each; None where it does not."""
     at_ep = axes.index("ep")
     found: dict[tuple[int, ...] | None, str] = {}

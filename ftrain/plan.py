@@ -4,16 +4,16 @@ import difflib
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from . import plans
-from .layout import check_placements
+from .layout import Placements, check_placements
 from .mesh import Mesh
-from .specs import ParamSpec
+from .specs import Specs
 
 # (name, shape, mesh) -> one placement for each of (fsdp, sp, ep)
 Plan = Callable[[str, tuple[int, ...], Mesh], list[Placement]]
@@ -49,7 +49,7 @@ def find_plan(which: str) -> Plan:
     return getattr(importlib.import_module(f".plans.{which}", __package__), which)
 
 
-def ask(plan: Plan, specs: Mapping[str, ParamSpec], mesh: Mesh) -> dict[str, tuple[Placement, ...]]:
+def ask(plan: Plan, specs: Specs, mesh: Mesh) -> Placements:
     """The plan's placements of every parameter over (fsdp, sp, ep). Raises ValueError naming the parameter."""
     answers = {}
     for name, spec in specs.items():
@@ -61,7 +61,7 @@ def ask(plan: Plan, specs: Mapping[str, ParamSpec], mesh: Mesh) -> dict[str, tup
     return answers
 
 
-def over_replicas(placements: Mapping[str, tuple[Placement, ...]], replica: int) -> dict[str, tuple[Placement, ...]]:
+def over_replicas(placements: Placements, replica: int) -> Placements:
     """The placements on the device mesh, which has a `replica` dimension in front when there are replicas."""
     front = (Replicate(),) if replica > 1 else ()
     return {name: (*front, *p) for name, p in placements.items()}

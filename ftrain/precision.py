@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .experts import grouped_mm, grouped_outer
-from .specs import ParamSpec
+from .specs import Specs
 
 RECIPES = {"fp8-tensorwise": "tensorwise", "fp8-rowwise": "rowwise", "fp8-rowwise-gw-hp": "rowwise_with_gw_hp"}
 PRECISIONS = ("fp32", "bf16", *RECIPES)
@@ -239,7 +239,7 @@ class Fp8Report(NamedTuple):
     excluded: tuple[str, ...]
 
 
-def fp8_report(specs: Mapping[str, ParamSpec], forward: Callable) -> Fp8Report:
+def fp8_report(specs: Specs, forward: Callable) -> Fp8Report:
     """Which parameters an fp8 recipe quantises, found by watching which ones the model hands to `ops`.
 
     forward(p, batch, ops) is traced on shapes alone: no memory, no arithmetic.

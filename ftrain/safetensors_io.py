@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .disk import CHUNK
-from .specs import ParamSpec, stored
+from .specs import ParamSpec, Specs, stored
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -99,7 +99,7 @@ def _fused(spec: ParamSpec) -> tuple[str, tuple[int, ...], int] | None:
     return f"{match['experts']}.gate_up_proj", (experts, 2 * inner, hidden), start
 
 
-def check_names(entries: Mapping[str, Entry], specs: Mapping[str, ParamSpec], where: object) -> None:
+def check_names(entries: Mapping[str, Entry], specs: Specs, where: object) -> None:
     """Raises one ValueError that lists every missing, extra, mis-shaped and mis-typed tensor.
 
     Not extra: the output matrix of a model that ties it to the embedding, and the rotary
@@ -125,12 +125,12 @@ def check_names(entries: Mapping[str, Entry], specs: Mapping[str, ParamSpec], wh
             if entries[name].dtype not in DTYPES
         ],
     }
-    said = []
+    found = []
     for kind, names in problems.items():
         rest = [f"and {len(names) - _LISTED} more"] if len(names) > _LISTED else []
-        said += [f"{len(names)} {kind}: {', '.join(names[:_LISTED] + rest)}"] if names else []
-    if said:
-        raise ValueError(f"the tensors in {where} are not those of the model: " + "; ".join(said))
+        found += [f"{len(names)} {kind}: {', '.join(names[:_LISTED] + rest)}"] if names else []
+    if found:
+        raise ValueError(f"the tensors in {where} are not those of the model: " + "; ".join(found))
 
 
 def values_from(entries: Mapping[str, Entry]) -> Values:
@@ -167,7 +167,7 @@ def values_from(entries: Mapping[str, Entry]) -> Values:
     return values
 
 
-def read_values(directory: Path, specs: Mapping[str, ParamSpec], kind: str = "model") -> Values:
+def read_values(directory: Path, specs: Specs, kind: str = "model") -> Values:
     """The values of `specs` in a directory, for make_state. Raises as read_index and check_names do."""
     entries = read_index(directory, kind)
     check_names(entries, specs, directory)
@@ -176,7 +176,7 @@ def read_values(directory: Path, specs: Mapping[str, ParamSpec], kind: str = "mo
 
 def make_header(layout: Layout) -> tuple[bytes, int]:
     """A file's first bytes, its tensors in this order, and the file's size."""
-    header: dict = {"__metadata__": {"format": "pt"}}  # transformers wants to be told
+    header: dict = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
     end = 0
     for name, (dtype, shape) in layout.items():
         start, end = end, end + prod(shape) * dtype.itemsize

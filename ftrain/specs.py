@@ -1,6 +1,6 @@
 """What a model declares of each parameter, once: everything else walks this dictionary."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +52,10 @@ class ParamSpec:
         return n
 
 
-def stored(specs: dict[str, ParamSpec]) -> dict[str, tuple[int, ...]]:
+Specs = Mapping[str, ParamSpec]  # by name
+
+
+def stored(specs: Specs) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in the model's checkpoint, stacked parameters taken apart."""
     out: dict[str, tuple[int, ...]] = {}
     for name, spec in specs.items():

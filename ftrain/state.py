@@ -1,7 +1,7 @@
 """The train state: DTensors with the plan's placements, from initialisation to checkpoint."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,9 +10,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
-from .collectives import all_gather, group_over
-from .layout import Pieces, shard_slices
-from .specs import ParamSpec
+from .collectives import Group, all_gather, all_to_all, group_over
+from .layout import Pieces, Placements, shard_slices
+from .specs import ParamSpec, Specs
 
 
 class State(NamedTuple):
@@ -40,14 +40,40 @@ def own_slices(shape: tuple[int, ...], placements: tuple[Placement, ...], mesh: 
     return shard_slices(shape, placements, mesh.shape, mesh.get_coordinate())
 
 
+def _pieces(t: DTensor) -> tuple[list[int], Pieces, Group]:
+    """The mesh dimensions that cut a tensor, its pieces, and the group of ranks that hold them."""
+    mesh = t.device_mesh
+    cut = [i for i, placement in enumerate(t.placements) if placement.is_shard() and mesh.shape[i] > 1]
+    pieces = Pieces(t.shape, [t.placements[i].dim for i in cut], [mesh.shape[i] for i in cut])
+    return cut, pieces, group_over(mesh, [mesh.mesh_dim_names[i] for i in cut])
+
+
 def whole(t: DTensor) -> Tensor:
     """The full tensor, on every rank, by one all-gather. Every rank must call it."""
+    _, pieces, group = _pieces(t)
+    return pieces.assemble(all_gather(pieces.pad(t.to_local()), group))
+
+
+def gather_to(t: DTensor, rank: int) -> Tensor | None:
+    """The full tensor on one rank (row-major over the mesh), None on the others. Every rank must call it.
+
+    Each piece goes to that rank alone: an all-gather would send the model to every rank.
+    """
     mesh = t.device_mesh
-    cut = [(a, p.dim, n) for a, p, n in zip(mesh.mesh_dim_names, t.placements, mesh.shape) if p.is_shard() and n > 1]
-    pieces = Pieces(t.shape, [dim for _, dim, _ in cut], [n for _, _, n in cut])
-    if not cut:
-        return t.to_local()
-    return pieces.assemble(all_gather(pieces.pad(t.to_local()), group_over(mesh, [a for a, _, _ in cut])))
+    there: list[int] = []
+    for n in reversed(mesh.shape):
+        rank, at = divmod(rank, n)
+        there.insert(0, at)
+    cut, pieces, group = _pieces(t)
+    if any(mesh.get_coordinate()[i] != at for i, at in enumerate(there) if i not in cut):
+        return None  # among these ranks are copies of the pieces, but not the one to receive them
+    receiver = 0
+    for i in cut:
+        receiver = receiver * mesh.shape[i] + there[i]
+    here = group.rank == receiver
+    sent = [pieces.numel * (r == receiver) for r in range(group.size)]
+    rows = all_to_all(pieces.pad(t.to_local().detach()), [pieces.numel * here] * group.size, sent, group)
+    return pieces.assemble(rows.view(group.size, -1)) if here else None
 
 
 def initial(name: str, spec: ParamSpec, seed: int) -> Tensor:
@@ -57,8 +83,8 @@ def initial(name: str, spec: ParamSpec, seed: int) -> Tensor:
 
 
 def make_state(
-    specs: Mapping[str, ParamSpec],
-    placements: Mapping[str, tuple[Placement, ...]],
+    specs: Specs,
+    placements: Placements,
     mesh: DeviceMesh,
     values: Callable[[str, ParamSpec, tuple[slice, ...]], Tensor],
 ) -> State:
@@ -79,6 +105,6 @@ def make_state(
     return State(params, zeros(), zeros(), torch.zeros((), dtype=torch.int64, device=device))
 
 
-def init_state(specs, placements, mesh: DeviceMesh, seed: int) -> State:
+def init_state(specs: Specs, placements: Placements, mesh: DeviceMesh, seed: int) -> State:
     """Random initial parameters, the same on every mesh. Holds one whole parameter at a time."""
     return make_state(specs, placements, mesh, lambda name, spec, slices: initial(name, spec, seed)[slices])

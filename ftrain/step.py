@@ -13,7 +13,7 @@ from .loss import IGNORE, cross_entropy, load_balance, router_z
 from .ops import Ops, Output
 from .optim import AdamW, Schedule, update_
 from .parallel import Gathered, Sharding
-from .specs import ParamSpec
+from .specs import Specs
 from .state import State, place
 
 Forward = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Ops], Output]
@@ -84,7 +84,7 @@ def make_gradients(forward: Forward, sharding: Sharding, ops: Ops, recipe: Recip
 
 
 def make_train_step(
-    forward: Forward, specs: Mapping[str, ParamSpec], sharding: Sharding, ops: Ops, recipe: Recipe,
+    forward: Forward, specs: Specs, sharding: Sharding, ops: Ops, recipe: Recipe,
     mode: str = "inductor", accumulate: int = 1,
 ) -> Callable[[State, Sequence[Mapping[str, Tensor]]], tuple[State, dict[str, Tensor]]]:  # fmt: skip
     """-> train_step(state, microbatches) -> (state, metrics).
