@@ -12,7 +12,7 @@ def load_pretrained(directory):
     `params` maps Hugging Face's names to tensors (experts stacked along dimension 0).
     Raises ValueError listing every missing, extra or mis-shaped tensor.
     """
-    from .checkpoint import load_pretrained
+    from .pretrained import load_pretrained
 
     return load_pretrained(directory)
 

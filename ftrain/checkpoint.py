@@ -25,63 +25,55 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement
 
 from . import __version__
-from .collectives import Group, all_gather, all_reduce, all_to_all, group_over
+from .collectives import Group, all_gather, all_reduce, group_over
 from .disk import (
     Corrupt, discard, file_crc, no_room, read_json, read_manifest, swap_in, tidy, verify, write_json, write_manifest,
 )  # fmt: skip
-from .layout import Pieces
+from .layout import Placements
 from .model import Model
-from .pretrained import (
-    FILE_BYTES, Progress, export, hf_config, init_from, load_pretrained, own_bytes, ticker, told,
-)  # fmt: skip
+from .pretrained import FILE_BYTES, hf_config
 from .safetensors_io import Layout, make_header, make_index, read_values, write_file
-from .specs import ParamSpec, stored
-from .state import State, make_state, own_slices
-
-__all__ = ["Corrupt", "export", "init_from", "latest", "load_pretrained", "restore", "resume", "save", "set_rng"]
+from .specs import ParamSpec, Specs, stored
+from .state import State, gather_to, make_state, own_slices
 
 _KINDS = ("model", "mu", "nu")
 _TRAIN = "train_state"
-_MESSAGE = 2048  # bytes of a sentence that one rank tells the others
+_MESSAGE = 2048  # bytes of an error message sent to the other ranks
 
 T = TypeVar("T")
-Specs = Mapping[str, ParamSpec]
-Placements = Mapping[str, tuple[Placement, ...]]
 
 
 # --- Agreement of ranks: without it, one rank's failure would leave the others waiting.
 
 
-def _everyone(mesh: DeviceMesh) -> Group:
+def _all_ranks(mesh: DeviceMesh) -> Group:
     return group_over(mesh, mesh.mesh_dim_names)
 
 
-def add_up(mesh: DeviceMesh, numbers: list[int]) -> list[int]:
+def sum_over_ranks(mesh: DeviceMesh, numbers: list[int]) -> list[int]:
     """The sums over all ranks, on every rank."""
-    return all_reduce(torch.tensor(numbers, dtype=torch.int64, device=mesh.device_type), _everyone(mesh)).tolist()
+    return all_reduce(torch.tensor(numbers, dtype=torch.int64, device=mesh.device_type), _all_ranks(mesh)).tolist()
 
 
-def together(
-    mesh: DeviceMesh, act: Callable[[], T], failure: type[Exception], say: Callable[[Exception], str] = str
+def all_or_none(
+    mesh: DeviceMesh, act: Callable[[], T], failure: type[Exception], message: Callable[[Exception], str] = str
 ) -> T:
     """`act()` on every rank: all succeed, or all raise `failure`. Returns when all are done.
 
-    A rank whose own act failed says why; the others say what the first rank that failed said.
+    message: the text of a failure. A rank that failed raises its own, the others the first failed rank's.
     """
     result, error, text = None, None, b""
     try:
         result = act()
     except Exception as caught:
-        error, text = caught, say(caught).encode()
+        error, text = caught, message(caught).encode()
     mine = torch.tensor(list(text[:_MESSAGE].ljust(_MESSAGE, b"\0")), dtype=torch.uint8, device=mesh.device_type)
-    said = all_gather(mine, _everyone(mesh)).cpu()
+    texts = all_gather(mine, _all_ranks(mesh)).cpu()
     if error is not None:
         raise failure(text.decode()) from error
-    for row in said[said[:, 0] > 0][:1]:
+    for row in texts[texts[:, 0] > 0][:1]:
         raise failure(bytes(row.tolist()).rstrip(b"\0").decode(errors="replace"))
     return result
 
@@ -134,7 +126,7 @@ def share_out(specs: Specs, ranks: int, file_bytes: int = FILE_BYTES) -> list[Fi
 def save(
     out: str | os.PathLike, state: State, model: Model, meta: Mapping[str, Any],
     tokenizer: Callable[[Path], None] | None = None, *,
-    keep: int = 0, progress: Progress | None = None, file_bytes: int = FILE_BYTES,
+    keep: int = 0, file_bytes: int = FILE_BYTES,
 ) -> Path:  # fmt: skip
     """Write OUT/checkpoints/step-N, visible when it is whole; every rank calls it and writes its share.
 
@@ -144,12 +136,12 @@ def save(
     Raises OSError, on every rank, naming the directory and the space needed; what was there stays.
     """
     mesh = next(iter(state.params.values())).device_mesh
-    rank, ranks = _everyone(mesh).rank, _everyone(mesh).size
+    rank, ranks = _all_ranks(mesh).rank, _all_ranks(mesh).size
     step = int(state.step)
     directory = Path(out) / "checkpoints"
     files = share_out(model.specs, ranks, file_bytes)
     sizes = {file.path: make_header(file.layout)[1] for file in files}
-    token = add_up(mesh, [secrets.randbits(32) if rank == 0 else 0])[0]
+    token = sum_over_ranks(mesh, [secrets.randbits(32) if rank == 0 else 0])[0]
     tmp, target = (directory / f"step-{step}{suffix}" for suffix in (f".tmp-{token:08x}", ""))
 
     def prepare() -> None:
@@ -173,16 +165,16 @@ def save(
         write_manifest(tmp / _TRAIN / "manifest.json", checks)
         swap_in(tmp, target)
 
-    def say(error: Exception) -> str:
+    def message(error: Exception) -> str:
         return no_room(target, sum(sizes.values()), error)
 
     def first_rank(act: Callable[[], None]) -> None:
-        together(mesh, act if rank == 0 else lambda: None, OSError, say)
+        all_or_none(mesh, act if rank == 0 else lambda: None, OSError, message)
 
     try:
         first_rank(prepare)
-        own = together(mesh, lambda: write_share(tmp, state, files, rank, progress), OSError, say)
-        crcs = add_up(mesh, [own.get(file.path, 0) for file in files])
+        own = all_or_none(mesh, lambda: write_share(tmp, state, files, rank), OSError, message)
+        crcs = sum_over_ranks(mesh, [own.get(file.path, 0) for file in files])
         first_rank(publish)
     except BaseException:
         if rank == 0:
@@ -194,33 +186,7 @@ def save(
     return target
 
 
-def gather_to(t: DTensor, rank: int) -> Tensor | None:
-    """The full tensor on one rank (row-major over the mesh), None on the others. Every rank must call it.
-
-    Each piece goes to that rank alone: an all-gather would send the model to every rank.
-    """
-    mesh = t.device_mesh
-    there: list[int] = []
-    for n in reversed(mesh.shape):
-        rank, at = divmod(rank, n)
-        there.insert(0, at)
-    cut = [i for i, placement in enumerate(t.placements) if placement.is_shard() and mesh.shape[i] > 1]
-    group = group_over(mesh, [mesh.mesh_dim_names[i] for i in cut])
-    if any(mesh.get_coordinate()[i] != at for i, at in enumerate(there) if i not in cut):
-        return None  # among these ranks are copies of the pieces, but not the one to receive them
-    if not cut:
-        return t.to_local()
-    pieces = Pieces(t.shape, [t.placements[i].dim for i in cut], [mesh.shape[i] for i in cut])
-    receiver = 0
-    for i in cut:
-        receiver = receiver * mesh.shape[i] + there[i]
-    here = group.rank == receiver
-    sent = [pieces.numel * (r == receiver) for r in range(group.size)]
-    rows = all_to_all(pieces.pad(t.to_local().detach()), [pieces.numel * here] * group.size, sent, group)
-    return pieces.assemble(rows.view(group.size, -1)) if here else None
-
-
-def write_share(tmp: Path, state: State, files: list[File], rank: int, progress: Progress | None) -> dict[str, int]:
+def write_share(tmp: Path, state: State, files: list[File], rank: int) -> dict[str, int]:
     """Gather every tensor, one after the other, and write those of this rank's files: path -> crc32.
 
     The order of the gathers goes round the ranks, and a thread writes, so that all ranks write at once.
@@ -251,7 +217,6 @@ def write_share(tmp: Path, state: State, files: list[File], rank: int, progress:
     for file in files:
         turns.setdefault(file.rank, []).extend((file, name) for name in file.specs)
     order = [turn for turns_of_all in zip_longest(*turns.values()) for turn in turns_of_all if turn]
-    total, done = sum(4 * file.specs[name].numel for file, name in order), 0
     with ThreadPoolExecutor(1) as pool:
         written = pool.submit(write)
         try:
@@ -260,9 +225,6 @@ def write_share(tmp: Path, state: State, files: list[File], rank: int, progress:
                 if full is not None:
                     arrived.put(full.detach().cpu())
                 del full
-                done += 4 * file.specs[name].numel
-                if progress:
-                    progress(done, total)
         finally:
             arrived.put(None)
         return written.result()
@@ -284,9 +246,8 @@ def latest(out: str | os.PathLike) -> list[Path]:
 
 
 def restore(
-    directory: str | os.PathLike, specs: Specs, placements: Placements, mesh: DeviceMesh,
-    progress: Progress | None = None,
-) -> tuple[State, dict[str, Any]]:  # fmt: skip
+    directory: str | os.PathLike, specs: Specs, placements: Placements, mesh: DeviceMesh
+) -> tuple[State, dict[str, Any]]:
     """A checkpoint -> the state, bit by bit, on any mesh, and the meta that was saved with it.
 
     The ranks check all files together, then each reads its slices. Every rank must call it.
@@ -294,15 +255,14 @@ def restore(
     listing all tensors that are missing, extra or mis-shaped for `specs`.
     """
     directory = Path(directory)
-    rank, ranks = _everyone(mesh).rank, _everyone(mesh).size
-    checks = together(mesh, lambda: read_manifest(directory / _TRAIN / "manifest.json"), Corrupt)
+    rank, ranks = _all_ranks(mesh).rank, _all_ranks(mesh).size
+    checks = all_or_none(mesh, lambda: read_manifest(directory / _TRAIN / "manifest.json"), Corrupt)
     mine = sorted(checks, key=lambda name: (-checks[name][0], name))[rank::ranks]
-    tick = ticker(progress, sum(checks[name][0] for name in mine) + 3 * own_bytes(specs, placements, mesh))
-    together(mesh, lambda: verify(directory, checks, mine, tick), Corrupt)
+    all_or_none(mesh, lambda: verify(directory, checks, mine), Corrupt)
 
     def read() -> tuple[State, dict[str, Any]]:
         values = {
-            kind: told(read_values(directory if kind == "model" else directory / _TRAIN, of_kind, kind), tick)
+            kind: read_values(directory if kind == "model" else directory / _TRAIN, of_kind, kind)
             for kind, of_kind in kinds(specs).items()
         }
         meta = read_json(directory / _TRAIN / "train_state.json")
@@ -313,26 +273,26 @@ def restore(
         state.step.fill_(meta["step"])
         return state, meta
 
-    return together(mesh, read, ValueError)
+    return all_or_none(mesh, read, ValueError)
 
 
 def resume(
     out: str | os.PathLike, specs: Specs, placements: Placements, mesh: DeviceMesh,
-    progress: Progress | None = None, warn: Callable[[str], None] = warnings.warn,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> tuple[State, dict[str, Any], Path]:  # fmt: skip
     """The newest whole checkpoint of a run directory: (state, meta, its directory); random states are set.
 
-    Of a corrupt one `warn` is told, on every rank, and the one before is tried.
+    A corrupt one is skipped, with a warning on every rank, and the one before is tried.
     Raises FileNotFoundError where there is none, Corrupt where none is whole; else as `restore`.
     """
-    rank = _everyone(mesh).rank
-    together(mesh, lambda: tidy(Path(out) / "checkpoints") if rank == 0 else None, OSError)
+    rank = _all_ranks(mesh).rank
+    all_or_none(mesh, lambda: tidy(Path(out) / "checkpoints") if rank == 0 else None, OSError)
     found = latest(out)
     if not found:
         raise FileNotFoundError(f"{out} holds no checkpoint (checkpoints/step-N)")
     for directory in found:
         try:
-            state, meta = restore(directory, specs, placements, mesh, progress)
+            state, meta = restore(directory, specs, placements, mesh)
         except Corrupt as error:
             if directory == found[-1]:
                 raise Corrupt(f"{error}; no whole checkpoint is left in {found[0].parent}") from error

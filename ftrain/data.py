@@ -7,7 +7,7 @@ for every mesh and world size, and all that a resumed run needs to go on where i
 import functools
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -21,13 +21,12 @@ from .corpus import find_corpus, read_documents, split
 from .tokenizer import eos_ids, has_tokenizer, tokenizer_for, vocab_size
 
 Batch = dict[str, torch.Tensor]
-Progress = Callable[[str, int, int], None]  # (what, done, total), in characters
 T = TypeVar("T")
 
 PADDING = {"input_ids": 0, "labels": -100, "position_ids": 0, "segment_ids": -1}
 _RECIPE = "tokens 1"  # to change with `encode`: its results are cached by it
 _PIECE = 1 << 18  # characters that are encoded at a time: the encoder needs some 100 bytes for each
-_GROUP = 1 << 20  # characters between two reports of progress
+_GROUP = 1 << 20  # characters handed to the encoder at once: it encodes the pieces in parallel
 
 
 class Dataset(NamedTuple):
@@ -53,12 +52,7 @@ class Data(NamedTuple):
 
 
 def prepare(
-    data: str | Path | None,
-    directory: Path | None,
-    vocab: int,
-    seq_len: int,
-    cache_dir: Path | None = None,
-    progress: Progress | None = None,
+    data: str | Path | None, directory: Path | None, vocab: int, seq_len: int, cache_dir: Path | None = None
 ) -> Data:
     """Tokenizer and tokens for `--data` (None: Python's own standard library), 5% of it held out.
 
@@ -73,24 +67,21 @@ def prepare(
     corpus = find_corpus(data)
     source = directory if directory is not None and has_tokenizer(directory) else None
     cache_dir = Path(cache_dir or cache_root())
-    report = progress or (lambda what, done, total: None)
 
     @functools.cache
     def texts() -> tuple[list[str], list[str]]:
         return split(read_documents(corpus))
 
     def to_train_on():  # a generator: on a cache hit nothing is read
-        report("training the tokenizer", 0, sum(map(len, texts()[0])))
         yield from texts()[0]
 
     tokenizer = tokenizer_for(source, to_train_on(), vocab, cache_dir, corpus.digest)
     eos = eos_ids(tokenizer, source)
 
     def encode_all() -> dict[str, np.ndarray]:
-        sides = zip(("train", "heldout"), ("tokenising", "tokenising held-out text"), texts(), strict=True)
         out = {}
-        for side, what, documents in sides:
-            out[side], out[side + "_ends"] = encode(documents, tokenizer, eos[0], functools.partial(report, what))
+        for side, documents in zip(("train", "heldout"), texts(), strict=True):
+            out[side], out[side + "_ends"] = encode(documents, tokenizer, eos[0])
         return out
 
     digest = content_hash(_RECIPE, corpus.digest, tokenizer.to_str(), str(eos[0]))
@@ -114,9 +105,7 @@ def _load_arrays(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
 
 
-def encode(
-    documents: Sequence[str], tokenizer: Tokenizer, eos: int, progress: Callable[[int, int], None]
-) -> tuple[np.ndarray, np.ndarray]:
+def encode(documents: Iterable[str], tokenizer: Tokenizer, eos: int) -> tuple[np.ndarray, np.ndarray]:
     """(ids, ends) of the documents, as in `Dataset`.
 
     Each document begins with what the tokenizer's own template puts first (Llama's BOS) and
@@ -124,20 +113,17 @@ def encode(
     """
     first = [i for i in tokenizer.encode("").ids if i != eos]
     dtype = np.uint16 if vocab_size(tokenizer) <= 1 << 16 else np.uint32
-    total, done, length = sum(map(len, documents)), 0, 0
-    parts, ends = [], []
-    progress(0, total)
+    parts, ends, length = [], [], 0
     for group in _groups(documents):
         encoded = tokenizer.encode_batch_fast([text for text, _, _ in group], add_special_tokens=False)
-        for (text, opens, closes), encoding in zip(group, encoded, strict=True):
+        for (_, opens, closes), encoding in zip(group, encoded, strict=True):
             ids = first + encoding.ids if opens else encoding.ids
             if closes and ids[-1:] != [eos]:
                 ids.append(eos)
             parts.append(np.array(ids, dtype))
-            done, length = done + len(text), length + len(ids)
+            length += len(ids)
             if closes:
                 ends.append(length)
-        progress(done, total)
     return np.concatenate(parts) if parts else np.empty(0, dtype), np.array(ends, np.int64)
 
 

@@ -3,30 +3,28 @@
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.placement_types import Placement
 
 from .disk import no_room, read_json, read_manifest, swap_in, verify, write_json
+from .layout import Placements
 from .model import Model, find_model
 from .safetensors_io import (
-    DTYPES, Entry, Layout, Values, make_header, make_index, read_index, read_values, values_from, write_file,
+    DTYPES, Entry, Layout, make_header, make_index, read_index, read_values, values_from, write_file,
 )  # fmt: skip
 from .specs import ParamSpec
-from .state import State, make_state, own_slices
+from .state import State, make_state
 
 FILE_BYTES = 4 << 30  # a file is ended before the tensor that would make it larger
 _FLOATS = {
     "fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
     "fp16": torch.float16, "float16": torch.float16,
 }  # fmt: skip
-
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
 def load_pretrained(directory: str | os.PathLike) -> tuple[Model, dict[str, Tensor]]:
@@ -41,49 +39,12 @@ def load_pretrained(directory: str | os.PathLike) -> tuple[Model, dict[str, Tens
     return model, {name: values(name, model.specs[name], slices) for name, slices in everything.items()}
 
 
-def init_from(
-    directory: str | os.PathLike, model: Model, placements: Mapping[str, tuple[Placement, ...]], mesh: DeviceMesh,
-    progress: Progress | None = None,
-) -> State:  # fmt: skip
+def init_from(directory: str | os.PathLike, model: Model, placements: Placements, mesh: DeviceMesh) -> State:
     """A state at step 0 with a directory's weights; each rank reads its own slices.
 
     Raises ValueError listing every missing, extra or mis-shaped tensor, or naming a corrupt file.
     """
-    values = read_values(directory, model.specs)
-    total = own_bytes(model.specs, placements, mesh)
-    return make_state(model.specs, placements, mesh, told(values, ticker(progress, total)))
-
-
-def own_bytes(
-    specs: Mapping[str, ParamSpec], placements: Mapping[str, tuple[Placement, ...]], mesh: DeviceMesh
-) -> int:
-    """The fp32 bytes of this rank's pieces."""
-    pieces = (own_slices(spec.shape, placements[name], mesh) for name, spec in specs.items())
-    return sum(4 * prod(s.stop - s.start for s in slices) for slices in pieces)
-
-
-def ticker(progress: Progress | None, total: int) -> Callable[[int], None]:
-    """-> tick(n): n more bytes are done."""
-    done = 0
-
-    def tick(n: int) -> None:
-        nonlocal done
-        done += n
-        if progress:
-            progress(done, total)
-
-    return tick
-
-
-def told(values: Values, tick: Callable[[int], None]) -> Values:
-    """`values` that tell how many fp32 bytes each was."""
-
-    def counted(name: str, spec: ParamSpec, slices: tuple[slice, ...]) -> Tensor:
-        piece = values(name, spec, slices)
-        tick(4 * piece.numel())
-        return piece
-
-    return counted
+    return make_state(model.specs, placements, mesh, read_values(directory, model.specs))
 
 
 def hf_config(hf: Mapping, dtype: torch.dtype | None) -> dict:
@@ -100,7 +61,7 @@ def hf_config(hf: Mapping, dtype: torch.dtype | None) -> dict:
 
 def export(
     source: str | os.PathLike, dest: str | os.PathLike, dtype: str | torch.dtype | None = None, *,
-    progress: Progress | None = None, file_bytes: int = FILE_BYTES,
+    file_bytes: int = FILE_BYTES,
 ) -> Path:  # fmt: skip
     """Write a checkpoint's model (or any Hugging Face directory) to `dest`: config, weights, tokenizer.
 
@@ -123,12 +84,11 @@ def export(
     config = hf_config(read_json(source / "config.json"), dtype)
     files = _files(entries, dtype, file_bytes)
     needed = sum(make_header(layout)[1] for layout in files.values())
-    tick = ticker(progress, sum(prod(entry.shape) * DTYPES[entry.dtype].itemsize for entry in entries.values()))
     tmp = dest.with_name(f"{dest.name}.tmp-{secrets.token_hex(4)}")
     try:
         tmp.mkdir(parents=True)
         for file, layout in files.items():
-            write_file(tmp / file, layout, _read_all(entries, layout, tick))
+            write_file(tmp / file, layout, _read_all(entries, layout))
         write_json(tmp / "model.safetensors.index.json", make_index(files))
         for path in source.iterdir():  # tokenizer, generation config, chat template
             known = path.suffix in (".json", ".txt", ".model", ".jinja") and not path.name.endswith(".index.json")
@@ -163,10 +123,8 @@ def _files(entries: Mapping[str, Entry], dtype: torch.dtype | None, file_bytes: 
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def _read_all(entries: Mapping[str, Entry], names: Iterable[str], tick: Callable[[int], None]) -> Iterator[Tensor]:
+def _read_all(entries: Mapping[str, Entry], names: Iterable[str]) -> Iterator[Tensor]:
     values = values_from(entries)
     for name in names:
         shape = entries[name].shape
-        tensor = values(name, ParamSpec(shape, torch.empty), tuple(slice(0, n) for n in shape))
-        yield tensor
-        tick(tensor.nbytes)
+        yield values(name, ParamSpec(shape, torch.empty), tuple(slice(0, n) for n in shape))

@@ -29,7 +29,7 @@ class Records:
 
     def log(self, step: int, **values: Any) -> None:
         """Add one object: the step and its values (numbers, or lists of them; NaN and infinity become
-        null in the file). The line is on disk's way when this returns. Raises OSError, naming the file."""
+        null in the file). The line is flushed when this returns. Raises OSError, naming the file."""
         line = json.dumps({"step": step} | {name: _finite(value) for name, value in values.items()})
         try:
             self._file.write(line + "\n")
@@ -49,7 +49,7 @@ def open_records(cfg: TrainConfig, resumed: int | None, warn: Callable[[str], No
     """Open the records in cfg.out, for rank 0. `resumed` is the step that the run goes on from: what
     was recorded after it is dropped, so that no step appears twice; None starts them anew.
 
-    Writes the configuration too. `warn` is told when TensorBoard cannot be had.
+    Writes the configuration too. Warns where TensorBoard is missing.
     """
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ from .model import Model, find_model, param_counts
 from .optim import AdamW, Schedule
 from .plan import find_plan
 from .precision import by_layer, compute_dtype, fp8_report
+from .pretrained import init_from
 from .state import State, init_state
 from .step import Recipe, make_eval_step, make_train_step
 
@@ -106,7 +107,7 @@ def _start(
         state, meta, directory = checkpoint.resume(cfg.out, specs, placements, mesh, warn=con.warn)
         con.info(f"resuming from {directory}")
     elif weights:
-        return checkpoint.init_from(weights, job.model, placements, mesh), 0, None
+        return init_from(weights, job.model, placements, mesh), 0, None
     else:
         torch.manual_seed(cfg.seed)
         return init_state(specs, placements, mesh, cfg.seed), 0, None

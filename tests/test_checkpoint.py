@@ -66,15 +66,6 @@ def test_random_state_goes_on_where_it_was(tmp_path):
     assert torch.equal(torch.rand(3), wanted)
 
 
-def test_progress_reaches_the_total(tmp_path):
-    seen = []
-    directory = saved(tmp_path, progress=lambda done, total: seen.append((done, total)))
-    assert [d for d, _ in seen] == sorted({d for d, _ in seen}) and seen[-1][0] == seen[-1][1] > 0
-    seen.clear()
-    run_ranks(1, lambda rank: restore(directory, MODEL.specs, *placed("ddp", (1, 1, 1)), lambda *at: seen.append(at)))
-    assert [d for d, _ in seen] == sorted({d for d, _ in seen}) and seen[-1][0] == seen[-1][1] > 0
-
-
 # --- The run directory
 
 
