@@ -296,7 +296,7 @@ def test_killed_in_a_save_goes_on_from_the_checkpoint_before(ground, undisturbed
 
 @contextmanager
 def small_files(out: Path):
-    """No file may grow beyond the parameters' size: a disk that fills up while the checkpoint is written."""
+    """No file may be as large as the parameters: a disk that fills up while the checkpoint is written."""
     limits = (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     yield partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits), "File too large", lambda: None
 
