@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TextIO
 
 
-class Shard(NamedTuple):
+class TensorSummary(NamedTuple):
     """How one tensor is spread: its whole shape, the plan's placements, and this rank's bytes."""
 
     name: str
@@ -35,7 +35,7 @@ class Console:
         self._print(f"warning: {text}", "yellow")
 
     def header(self, *, model: str, plan: str, mesh: str, precision: str, total: int, active: int, local: int,
-               largest: Sequence[Shard], **more: str) -> None:  # fmt: skip
+               largest: Sequence[TensorSummary], **more: str) -> None:  # fmt: skip
         """The run at a glance: parameters (elements) in all, used by one token, and on this rank; then
         how the largest tensors are sharded. `more` are further rows, by their names."""
         params = f"{si(total)} total, {si(active)} active, {si(local)} per rank"

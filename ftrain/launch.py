@@ -29,6 +29,7 @@ class Process(NamedTuple):
 
     rank: int
     world: int
+    local_rank: int  # on this machine
     device: Any
 
 
@@ -69,9 +70,10 @@ def init() -> Process:
     import torch.distributed as dist
 
     kind, device, backend = accelerator(), torch.device("cpu"), "gloo"
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if kind:
         # Slurm may show each rank its own GPU only, as number 0.
-        index = int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count()
+        index = local_rank % torch.accelerator.device_count()
         device = torch.device(kind, index)
         torch.accelerator.set_device_index(index)
         backend = f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(device)}"
@@ -80,7 +82,7 @@ def init() -> Process:
         dist.init_process_group(backend, device_id=bound)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
-    return Process(dist.get_rank(), dist.get_world_size(), device)
+    return Process(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
 def finish() -> None:

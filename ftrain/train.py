@@ -1,8 +1,8 @@
 """The training run, from a configuration to a checkpoint: what each rank does."""
 
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import checkpoint, launch, records, tokenizer
 from .config import TrainConfig, resolved
-from .console import Console, Shard, console
-from .data import Data, batch_at, heldout_batches, prefetch, prepare
+from .console import Console, TensorSummary, console
+from .data import Batch, Data, batch_at, heldout_batches, prefetch, prepare
 from .disk import tidy
 from .flops import flops_per_token, peak_flops, peak_memory
 from .generate import generate
@@ -29,6 +29,8 @@ from .step import Recipe, make_eval_step, make_train_step
 
 SAMPLE_TOKENS = 48
 
+Log = Callable[..., None]  # (step, **values), as `Records.log`
+
 
 class Diverged(ValueError):
     """The loss or a gradient is no longer a finite number."""
@@ -40,7 +42,9 @@ def main(cfg: TrainConfig) -> None:
     con = console(process.rank)
     try:
         con.info(f"ftrain on {process.world} rank{'s' * (process.world > 1)} ({process.device})")
-        _run(resolved(cfg, process.device.type != "cpu"), process, con)
+        cfg = resolved(cfg, process.device.type != "cpu")
+        with records.hold(cfg.out, process.rank):
+            _run(cfg, process, con)
     finally:
         launch.finish()
 
@@ -56,7 +60,7 @@ def _run(cfg: TrainConfig, process: launch.Process, con: Console) -> None:
     source = next((Path(d) for d in (cfg.init, cfg.model) if d and Path(d).is_dir()), None)
     _check_out(cfg, process.rank)
     with con.phase("reading the data"):
-        data = _prepare_on_one(cfg, source, model)
+        data = _prepare_on_one(cfg, source, model, process.local_rank)
     with con.phase("loading the parameters" if weights else "initialising the parameters"):
         state, position, resumed = _start(cfg, job, weights, data.digest, con)
     if cfg.overwrite:  # only now: a mistake above costs nothing, and the weights may come from there
@@ -64,12 +68,13 @@ def _run(cfg: TrainConfig, process: launch.Process, con: Console) -> None:
         if process.rank == 0:
             records.clear(cfg.out)
     _introduce(cfg, job, state, data, con)
-    book = records.open_records(cfg, resumed, con.warn) if process.rank == 0 else None
+    opened = records.open_records(cfg, resumed, con.warn) if process.rank == 0 else None
+    log = opened.log if opened else lambda step, **values: None
     try:
-        _loop(cfg, process, job, state, data, position, con, book, source)
+        _loop(cfg, process, job, state, data, position, con, log, source)
     finally:
-        if book is not None:
-            book.close()
+        if opened:
+            opened.close()
 
 
 def _has_weights(model: str) -> bool:
@@ -78,6 +83,13 @@ def _has_weights(model: str) -> bool:
 
 def _check_out(cfg: TrainConfig, rank: int) -> None:
     """See that the run directory is ours to write to, before any work is done."""
+    checkpoints = (Path(cfg.out) / records.CHECKPOINTS).resolve()
+    for name, directory in (("--init", cfg.init), ("--model", cfg.model)):
+        if directory and checkpoints in Path(directory).resolve().parents:
+            raise ValueError(
+                f"{name} {directory} is a checkpoint of --out {cfg.out}, where --overwrite and --keep delete: "
+                "give another --out, or go on from it with --resume"
+            )
     if rank == 0:
         tidy(Path(cfg.out) / records.CHECKPOINTS)
     dist.barrier()
@@ -85,11 +97,10 @@ def _check_out(cfg: TrainConfig, rank: int) -> None:
         raise ValueError(f"--resume never: {cfg.out} holds checkpoints; give another --out, or --overwrite")
 
 
-def _prepare_on_one(cfg: TrainConfig, source: Path | None, model: Model) -> Data:
+def _prepare_on_one(cfg: TrainConfig, source: Path | None, model: Model, local_rank: int) -> Data:
     """One rank of each machine tokenises and fills the cache, the others read it."""
     ready = partial(prepare, cfg.data, source, model.cfg.vocab, cfg.seq_len)
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    data = ready() if first else None
+    data = ready() if local_rank == 0 else None
     dist.barrier()
     return data or ready()
 
@@ -122,14 +133,15 @@ def _introduce(cfg: TrainConfig, job: Job, state: State, data: Data, con: Consol
     """The header: what is trained, on what, and how it is spread."""
     total, active = param_counts(job.model.specs)
     shards = [
-        Shard(n, tuple(p.shape), " ".join(map(_short, p.placements)), 4 * p.to_local().numel())
+        TensorSummary(n, tuple(p.shape), " ".join(map(_short, p.placements)), 4 * p.to_local().numel())
         for n, p in state.params.items()
     ]
     ranks = job.batch_ranks * cfg.accumulate
     more = {
         "data": f"{len(data.train.ids):,} tokens of {cfg.data or 'the Python standard library'}, "
         f"{len(data.heldout.ids):,} held out",
-        "batch": f"{cfg.batch_size} sequences of {cfg.seq_len} tokens, {-(-cfg.batch_size // ranks)} on a rank at a time",
+        "batch": f"{cfg.batch_size} sequences of {cfg.seq_len} tokens, "
+        f"{-(-cfg.batch_size // ranks)} on a rank at a time",
         "compile": f"{cfg.compile}, remat {cfg.remat}",
         "run directory": cfg.out,
     }
@@ -156,74 +168,59 @@ def _short(placement) -> str:
 
 def _loop(
     cfg: TrainConfig, process: launch.Process, job: Job, state: State, data: Data, position: int,
-    con: Console, book: records.Records | None, source: Path | None,
+    con: Console, log: Log, source: Path | None,
 ) -> None:  # fmt: skip
+    """The steps from the state's to cfg.steps, with their measurements and checkpoints."""
+    first = int(state.step)
+    if first >= cfg.steps:
+        con.info(f"nothing to do: the run is at step {first} of --steps {cfg.steps}")
+        return
     train_step = make_train_step(
         job.model.forward, job.model.specs, job.sharding, job.ops, _recipe(cfg, job.model), cfg.compile, cfg.accumulate
     )
     # Not compiled: run so seldom, a second graph would cost more time than it saves.
     eval_step = make_eval_step(job.model.forward, job.sharding, job.ops, "off")
-    per_token = flops_per_token(job.model.specs, job.model.cfg, cfg.seq_len)
+    tokens = cfg.batch_size * cfg.seq_len
+    flops = tokens * flops_per_token(job.model.specs, job.model.cfg, cfg.seq_len)
     peak = peak_flops(process.device, compute_dtype(cfg.precision))
-    first = int(state.step)
 
-    def batches() -> Iterator[list[dict[str, Tensor]]]:
-        for index in range(cfg.steps - first):
-            batch = batch_at(data.train, position + index * cfg.batch_size, cfg.batch_size, cfg.seed)
-            yield job.microbatches(batch, cfg.accumulate)
+    def batches() -> Iterator[list[Batch]]:
+        for index in range(position, position + (cfg.steps - first) * cfg.batch_size, cfg.batch_size):
+            yield job.microbatches(batch_at(data.train, index, cfg.batch_size, cfg.seed), cfg.accumulate)
 
-    def heldout(step: int) -> None:
+    def evaluate(step: int) -> None:
         with con.phase("measuring the held-out loss"):
-            loss, tokens = 0.0, 0.0
-            for batch in heldout_batches(data.heldout, cfg.batch_size, cfg.eval_batches):
-                for part in job.microbatches(batch, cfg.accumulate):
-                    seen = eval_step(state, _to(part, process.device))
-                    loss, tokens = loss + float(seen["loss_sum"]), tokens + float(seen["tokens"])
-        con.info(f"step {step}: held-out loss {loss / tokens:.4f} over {int(tokens):,} tokens")
-        if book is not None:
-            book.log(step, heldout_loss=loss / tokens)
+            loss, count = _heldout_loss(cfg, job, data, lambda batch: eval_step(state, _to(batch, process.device)))
+        con.info(f"step {step}: held-out loss {loss:.4f} over {count:,} tokens")
+        log(step, heldout_loss=loss)
 
-    def save() -> None:
-        sequences = position + (int(state.step) - first) * cfg.batch_size
-        meta = {"sequences": sequences, "seed": cfg.seed, "data": data.digest, "model": cfg.model,
-                "plan": cfg.plan, "mesh": dict(job.mesh._asdict())}  # fmt: skip
-        with con.phase(f"saving checkpoint step-{int(state.step)}"):
-            write = partial(tokenizer.save, data.tokenizer, source=source)
-            checkpoint.save(cfg.out, state, job.model, meta, write, keep=cfg.keep)
+    def save(step: int) -> None:
+        with con.phase(f"saving checkpoint step-{step}"):
+            _save(cfg, job, state, data, position + (step - first) * cfg.batch_size, source)
 
-    if first >= cfg.steps:
-        con.info(f"nothing to do: the run is at step {first} of --steps {cfg.steps}")
-        return
-    heldout(first)
+    evaluate(first)
     start, done, saved = time.perf_counter(), 0, first
     for step, batch in enumerate(prefetch(batches()), first + 1):
         began = time.perf_counter()
-        batch = [_to(part, process.device) for part in batch]
-        if step == first + 1 and cfg.compile != "off":
-            with con.phase(f"compiling the train step ({cfg.compile})"):
-                state, metrics = train_step(state, batch)
-                values = _values(metrics)
+        compiles = step == first + 1 and cfg.compile != "off"
+        with con.phase(f"compiling the train step ({cfg.compile})") if compiles else nullcontext():
+            state, metrics = train_step(state, [_to(part, process.device) for part in batch])
+            values = _values(metrics)
+        seconds = time.perf_counter() - began
+        if compiles:
             start = time.perf_counter()  # the estimate of what is left counts from here
         else:
-            state, metrics = train_step(state, batch)
-            values = _values(metrics)
             done += 1
-        seconds = time.perf_counter() - began
         if not values.pop("finite"):
             if saved != step - 1:
-                save()
-            kept = f"step {step - 1} is saved in {cfg.out}" if step > 1 else "there was none before it to be saved"
-            raise Diverged(
-                f"the loss is {values['loss']} and the gradient norm {values['grad_norm']} at step {step} (lr "
-                f"{values['lr']:.2e}): the update was not made, and {kept}; "
-                "try a smaller --lr, a longer --warmup, or other data"
-            )
-        tokens = cfg.batch_size * cfg.seq_len
-        rate = tokens / seconds
-        measured = {"tokens_per_s": rate, "peak_memory_bytes": peak_memory(process.device)}
-        measured["mfu"] = per_token * rate / (peak * process.world) if peak else None
-        if book is not None:
-            book.log(step, **values, tokens=tokens, step_time_s=seconds, **measured)
+                save(step - 1)
+            raise _diverged(step, values, cfg.out)
+        measured = {
+            "tokens_per_s": tokens / seconds,
+            "mfu": flops / seconds / (peak * process.world) if peak else None,
+            "peak_memory_bytes": peak_memory(process.device),
+        }
+        log(step, **values, tokens=tokens, step_time_s=seconds, **measured)
         if step % cfg.log_every == 0 or step in (first + 1, cfg.steps):
             left = (cfg.steps - step) * ((time.perf_counter() - start) / done if done else seconds)
             shown = {"busiest_expert": f"{values['expert_load_max']:.2f}x"} if "expert_load_max" in values else {}
@@ -232,12 +229,43 @@ def _loop(
                 eta_s=left, **measured, **shown,
             )  # fmt: skip
         if step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0):
-            heldout(step)
+            evaluate(step)
         if step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0):
-            save()
+            save(step)
             saved = step
     _sample(job, state, data, con)
-    con.info(f"the model is in {Path(cfg.out) / 'checkpoints' / f'step-{cfg.steps}'}, as transformers opens it")
+    con.info(f"the model is in {Path(cfg.out) / records.CHECKPOINTS / f'step-{cfg.steps}'}, as transformers opens it")
+
+
+def _heldout_loss(
+    cfg: TrainConfig, job: Job, data: Data, eval_step: Callable[[Batch], dict[str, Tensor]]
+) -> tuple[float, int]:
+    """(mean loss, tokens) over the first cfg.eval_batches held-out batches."""
+    loss = tokens = 0.0
+    for batch in heldout_batches(data.heldout, cfg.batch_size, cfg.eval_batches):
+        for part in job.microbatches(batch, cfg.accumulate):
+            sums = eval_step(part)
+            loss, tokens = loss + float(sums["loss_sum"]), tokens + float(sums["tokens"])
+    return loss / tokens, int(tokens)
+
+
+def _save(cfg: TrainConfig, job: Job, state: State, data: Data, sequences: int, source: Path | None) -> None:
+    """A checkpoint of the state, after so many sequences."""
+    meta = {
+        "sequences": sequences, "seed": cfg.seed, "data": data.digest, "model": cfg.model,
+        "plan": cfg.plan, "mesh": dict(job.mesh._asdict()),
+    }  # fmt: skip
+    write_tokenizer = partial(tokenizer.save, data.tokenizer, source=source)
+    checkpoint.save(cfg.out, state, job.model, meta, write_tokenizer, keep=cfg.keep)
+
+
+def _diverged(step: int, values: dict[str, float], out: str) -> Diverged:
+    kept = f"step {step - 1} is saved in {out}" if step > 1 else "there was none before it to be saved"
+    return Diverged(
+        f"the loss is {values['loss']} and the gradient norm {values['grad_norm']} at step {step} (lr "
+        f"{values['lr']:.2e}): the update was not made, and {kept}; "
+        "try a smaller --lr, a longer --warmup, or other data"
+    )
 
 
 def _recipe(cfg: TrainConfig, model: Model) -> Recipe:
@@ -249,7 +277,7 @@ def _recipe(cfg: TrainConfig, model: Model) -> Recipe:
     return Recipe(adam, schedule, router_aux=aux, router_z=cfg.router_z_loss)
 
 
-def _to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def _to(batch: Batch, device: torch.device) -> Batch:
     return {name: t.to(device, non_blocking=True) for name, t in batch.items()}
 
 

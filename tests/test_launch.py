@@ -22,7 +22,7 @@ def entry(cfg):
     finally:
         launch.finish()
 
-def work(what, rank, world, device):
+def work(what, rank, world, local_rank, device):
     import torch, torch.distributed as dist
     total = torch.full((1,), rank + 1.0, device=device)
     dist.all_reduce(total)

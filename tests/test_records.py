@@ -16,7 +16,7 @@ def plain(**changes) -> console.Console:
 
 HEADER = dict(
     model="qwen3-moe-tiny", plan="fsdp", mesh="fsdp 2 x sp 1 x ep 1", precision="fp32", total=12_345_678, active=4_000,
-    local=6_172_839, largest=[console.Shard("model.embed_tokens.weight", (4096, 128), "S(0) R R", 1 << 20)],
+    local=6_172_839, largest=[console.TensorSummary("model.embed_tokens.weight", (4096, 128), "S(0) R R", 1 << 20)],
     run_directory="runs/x",
 )  # fmt: skip
 STEP = dict(
@@ -152,9 +152,32 @@ def test_new_start_begins_anew_and_clear_touches_nothing_else(tmp_path):
     opened(tmp_path).close()
     assert steps(tmp_path) == []
     (tmp_path / "checkpoints" / "step-1").mkdir(parents=True)
-    (tmp_path / "notes.txt").write_text("mine")
+    mine = [tmp_path / name for name in ("notes.txt", "checkpoints/best/weights", "tensorboard/other/events")]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    opened(tmp_path).close()
     records.clear(str(tmp_path))
-    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(mine)
+    assert not list(tmp_path.glob("checkpoints/step-*"))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
+def test_records_of_others_are_left_alone(tmp_path, name):
+    (tmp_path / name).write_text("theirs")
+    with pytest.raises(ValueError, match=f"holds {name}, but no run.json"), records.hold(str(tmp_path), 0):
+        pass
+
+
+def test_one_run_at_a_time(tmp_path):
+    out = str(tmp_path / "out")
+    with records.hold(out, 0):
+        with records.hold(out, 1):  # of the same job
+            pass
+        with pytest.raises(ValueError, match="another run is writing there"), records.hold(out, 0, patience=0.2):
+            pass
+    with records.hold(out, 0):
+        pass
 
 
 def test_tensorboard_events_hold_the_numbers(tmp_path):
