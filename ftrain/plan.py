@@ -39,7 +39,8 @@ def find_plan(which: str) -> Plan:
         plan = getattr(module, function, None)
         if not callable(plan):
             found = [n for n, f in vars(module).items() if callable(f) and getattr(f, "__module__", "") == spec.name]
-            raise ValueError(f"--plan {which}: {path} has no function {function!r}; it has {', '.join(found) or 'none'}")
+            valid = ", ".join(found) or "none"
+            raise ValueError(f"--plan {which}: {path} has no function {function!r}; it has {valid}")
         return plan
     names = plan_names()
     if which not in names:

@@ -1,7 +1,7 @@
 """The train step: forward, backward, clipping and AdamW, as one graph whose buffers are updated in place."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ Forward = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Ops], Output]
 class Recipe:
     """What is minimised, and how. router_aux, router_z: coefficients of the router's losses."""
 
-    adam: AdamW = field(default_factory=AdamW)
-    schedule: Schedule = field(default_factory=lambda: Schedule(steps=1000))
+    adam: AdamW = AdamW()
+    schedule: Schedule = Schedule(steps=1000)
     router_aux: float = 0.0
     router_z: float = 0.0
 
@@ -72,13 +72,15 @@ def gradients(
 
 def make_gradients(forward: Forward, sharding: Sharding, ops: Ops, recipe: Recipe, mode: str = "off") -> Callable:
     """-> (state, batch) -> name -> DTensor: what `train_step` clips and applies, to be looked at."""
-    inner = one_graph(
-        lambda params, batch: gradients(forward, sharding, ops, recipe, params, batch, {"valid": counts([batch])})[0], mode
-    )
+
+    def graph(params, batch):
+        return gradients(forward, sharding, ops, recipe, params, batch, {"valid": counts([batch])})[0]
+
+    run = one_graph(graph, mode)
 
     def grads(state: State, batch: Mapping[str, Tensor]) -> dict[str, DTensor]:
-        found = inner(local(state.params), dict(batch))
-        return {n: place(g, p.shape, p.placements, p.device_mesh) for (n, p), g in zip(state.params.items(), found.values())}
+        found = run(local(state.params), dict(batch))
+        return {n: place(found[n], p.shape, p.placements, p.device_mesh) for n, p in state.params.items()}
 
     return grads
 
