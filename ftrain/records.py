@@ -1,14 +1,17 @@
 """What a run leaves behind beside its checkpoints: run.json, metrics.jsonl and TensorBoard's events."""
 
+import fcntl
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .config import TrainConfig, to_json
+from .disk import discard
 
 CONFIG, METRICS, EVENTS, CHECKPOINTS = "run.json", "metrics.jsonl", "tensorboard", "checkpoints"
 
@@ -56,7 +59,7 @@ def open_records(cfg: TrainConfig, resumed: int | None, warn: Callable[[str], No
     _replace(out / CONFIG, to_json(cfg))
     if resumed is None:
         (out / METRICS).unlink(missing_ok=True)
-        shutil.rmtree(out / EVENTS, ignore_errors=True)
+        _clear_events(out)
     else:
         truncate(out / METRICS, resumed)
     sinks = [tensorboard(out / EVENTS, resumed, warn)] + ([wandb(cfg)] if cfg.track == "wandb" else [])
@@ -88,10 +91,52 @@ def truncate(path: Path, step: int) -> None:
 
 def clear(out: str) -> None:
     """Delete what an earlier run left in its directory: its checkpoints and records, and nothing else."""
-    for name in (CHECKPOINTS, EVENTS):
-        shutil.rmtree(Path(out) / name, ignore_errors=True)
+    for directory in (Path(out) / CHECKPOINTS).glob("step-*"):
+        discard(directory, "overwritten")
+    _clear_events(Path(out))
     for name in (METRICS, CONFIG):
         (Path(out) / name).unlink(missing_ok=True)
+
+
+def _clear_events(out: Path) -> None:
+    for path in (out / EVENTS).glob("events.out.tfevents.*"):
+        path.unlink()
+
+
+@contextmanager
+def hold(out: str, rank: int, patience: float = 10.0) -> Iterator[None]:
+    """Rank 0 holds the run directory: two runs would delete each other's checkpoints in the making, and
+    mix their records. It is let go when the process ends, however it ends; `patience`, in seconds, is
+    for one that is ending.
+
+    Raises ValueError where another run holds it, and where it has records that no run of ours left.
+    """
+    if rank:
+        yield
+        return
+    folder = Path(out)
+    for name in (METRICS, EVENTS):
+        if (folder / name).exists() and not (folder / CONFIG).exists():
+            raise ValueError(f"--out {out} holds {name}, but no {CONFIG}: it is not a run's directory; give another")
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, until = os.open(folder, os.O_RDONLY), time.monotonic() + patience
+    try:
+        with suppress(OSError):  # a file system without locks
+            while not _locked(handle):
+                if time.monotonic() > until:
+                    raise ValueError(f"--out {out}: another run is writing there; wait for its end, or give another")
+                time.sleep(0.1)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def tensorboard(folder: Path, resumed: int | None, warn: Callable[[str], None]) -> Sink | None:

@@ -233,6 +233,14 @@ def test_overwrite_begins_anew(run, trained):
     assert [entry["step"] for entry in steps(trained)] == [1]
 
 
+@pytest.mark.parametrize("flag", ["init", "model"])
+def test_what_a_run_starts_from_is_not_deleted(run, trained, flag):
+    start = trained / "checkpoints" / "step-2"
+    status, err = run(out=trained, steps=1, overwrite=True, **{flag: start})
+    assert status == 2 and err.startswith(f"error: --{flag} {start} is a checkpoint of --out {trained}")
+    assert tensors(start)
+
+
 def test_resume_never_is_held_to(run, trained):
     said = f"error: --resume never: {trained} holds checkpoints; give another --out, or --overwrite\n"
     assert run(out=trained, resume="never") == (2, said)
