@@ -250,9 +250,10 @@ def flag(name: str) -> str:
 
 
 def did_you_mean(name: str, names: Sequence[str]) -> str:
-    """'; did you mean X?', or nothing when no known name is near."""
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    """'; did you mean X?', or nothing when no known name is near, whatever the case of its letters."""
+    lowered = {known.lower(): known for known in names}
+    near = difflib.get_close_matches(name.lower(), lowered, n=1)
+    return f"; did you mean {lowered[near[0]]}?" if near else ""
 
 
 # Which fields -> (what holds of a valid value, in words). None, where a field may be None, is valid.

@@ -21,15 +21,17 @@ def write_json(path: Path, content: Mapping) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Raises Corrupt naming a file that is missing or does not hold a JSON object."""
+    """The JSON object in a file. Raises FileNotFoundError or ValueError, naming the file, where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise Corrupt(f"{path} is missing") from None
-    except ValueError as error:
-        raise Corrupt(f"{path} is truncated or corrupt: not JSON ({error})") from error
+        raise FileNotFoundError(f"{path} is missing") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
-        raise Corrupt(f"{path} is corrupt: it holds no JSON object")
+        raise ValueError(f"{path}: holds a JSON {type(content).__name__}, but must hold an object")
     return content
 
 
@@ -47,15 +49,17 @@ def write_manifest(path: Path, checks: Checks) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, tuple[int, int]]:
-    """Raises Corrupt naming the manifest if it is not as it was written."""
-    content = read_json(path)
+    """Raises Corrupt naming the manifest if it is missing or not as it was written."""
     try:
+        content = read_json(path)
         checks = {name: (int(size), int(crc)) for name, (size, crc) in content["files"].items()}
         whole = content["crc32"] == _own_crc(checks)
+    except FileNotFoundError as error:
+        raise Corrupt(str(error)) from None
     except (KeyError, TypeError, ValueError, AttributeError):
         whole = False
     if not whole:
-        raise Corrupt(f"{path} is corrupt")
+        raise Corrupt(f"{path} is truncated or corrupt")
     return checks
 
 

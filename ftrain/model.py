@@ -1,17 +1,18 @@
 """Finding a model: by preset name, by directory, or by its Hugging Face config."""
 
-import difflib
 import importlib
-import json
 import os
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from . import models
+from .config import did_you_mean
+from .disk import read_json
 from .ops import Output, fill_batch, plain
 from .specs import Specs
 
@@ -54,12 +55,16 @@ def find_model(which: str | os.PathLike | Mapping | Any) -> Model:
     if which in known:
         return _from_config(dict(known[which]))
     if os.path.isdir(which):
-        path = os.path.join(which, "config.json")
+        path = Path(which) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: a model's directory holds a config.json")
+        hf = read_json(path)
         try:
-            return _from_config(_read_json(path))
+            return _from_config(hf)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    raise ValueError(f"model {which!r} is neither a directory nor a preset{_hint(which, known)}")
+    near = did_you_mean(os.path.basename(which), list(known)) or f"; the presets are {', '.join(known)}"
+    raise ValueError(f"model {which!r} is neither a directory nor a preset{near}")
 
 
 def _from_config(hf: dict) -> Model:
@@ -69,27 +74,6 @@ def _from_config(hf: dict) -> Model:
     module = known[family]
     cfg = module.config(hf)
     return Model(family, hf, cfg, module.specs(cfg), lambda p, batch, ops: module.forward(p, batch, cfg, ops))
-
-
-def _read_json(path: str) -> dict:
-    try:
-        with open(path, encoding="utf-8") as file:
-            hf = json.load(file)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist: a model's directory holds a config.json") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text ({error})") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error})") from None
-    if not isinstance(hf, dict):
-        raise ValueError(f"holds a JSON {type(hf).__name__}, but a config is an object")
-    return hf
-
-
-def _hint(which: str, known: Mapping) -> str:
-    lowered = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(os.path.basename(which).lower(), lowered, n=1)
-    return f"; did you mean {lowered[close[0]]!r}?" if close else f"; the presets are {', '.join(known)}"
 
 
 def param_counts(specs: Specs) -> tuple[int, int]:

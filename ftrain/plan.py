@@ -1,6 +1,5 @@
 """Plans: looked up by name or by file, asked for every parameter, and held to their word."""
 
-import difflib
 import importlib
 import importlib.util
 import pkgutil
@@ -11,6 +10,7 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from . import plans
+from .config import did_you_mean
 from .layout import Placements, check_placements
 from .mesh import Mesh
 from .specs import Specs
@@ -44,9 +44,8 @@ def find_plan(which: str) -> Plan:
         return plan
     names = plan_names()
     if which not in names:
-        close = difflib.get_close_matches(which, names, 1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"unknown plan {which!r}: {hint}Known plans: {', '.join(names)}, or file.py:function")
+        near = did_you_mean(which, names)
+        raise ValueError(f"--plan {which}: no such plan{near} (plans: {', '.join(names)}, or FILE.py:FUNCTION)")
     return getattr(importlib.import_module(f".plans.{which}", __package__), which)
 
 

@@ -1,6 +1,5 @@
 """Tokenizers: a byte-level BPE trained here in seconds, or the one of a Hugging Face directory."""
 
-import json
 import shutil
 from collections.abc import Iterable, Sequence
 from math import ceil
@@ -10,6 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tokenizers import __version__ as tokenizers_version
 
 from .cache import cache_root, cached, content_hash
+from .disk import read_json, write_json
 
 END = "<|endoftext|>"  # ends every document
 TRAINED_VOCAB = 4096  # the most tokens that a tokenizer trained here has
@@ -128,7 +128,7 @@ def save(tokenizer: Tokenizer, directory: Path, source: Path | None = None) -> N
         "pad_token": END,
         "clean_up_tokenization_spaces": False,
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(directory / "tokenizer_config.json", config)
 
 
 def tokenizer_for(
@@ -186,15 +186,7 @@ def eos_ids(tokenizer: Tokenizer, directory: Path | None = None) -> tuple[int, .
 
 
 def _json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({_first_line(error)})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return read_json(path) if path.is_file() else {}
 
 
 def _first_line(error: Exception) -> str:

@@ -66,10 +66,10 @@ def write(folder: Path, name: str, content: str) -> Path:
 
 
 def test_names(run):
-    plans = "ddp, fsdp, fsdp_ep, fsdp_sp, fsdp_sp_ep, or file.py:function"
-    said = f"error: unknown plan 'fsdp_sp_epp': did you mean fsdp_sp_ep? Known plans: {plans}\n"
+    plans = "ddp, fsdp, fsdp_ep, fsdp_sp, fsdp_sp_ep, or FILE.py:FUNCTION"
+    said = f"error: --plan fsdp_sp_epp: no such plan; did you mean fsdp_sp_ep? (plans: {plans})\n"
     assert run(plan="fsdp_sp_epp") == (2, said)
-    said = "error: model 'qwen3-moe-tiney' is neither a directory nor a preset; did you mean 'qwen3-moe-tiny'?\n"
+    said = "error: model 'qwen3-moe-tiney' is neither a directory nor a preset; did you mean qwen3-moe-tiny?\n"
     assert run(model="qwen3-moe-tiney") == (2, said)
     status, err = run(batch_sise=3)
     assert status == 2 and "Perhaps you meant" in err and "--batch-size INT" in err and "Traceback" not in err
@@ -253,6 +253,13 @@ def test_other_data_on_a_resume_is_said(run, trained, ground, capsys):
         assert cli.main(command(**ground.flags | {"out": trained, "steps": 3 + said, "data": data})[3:]) == 0
         warned = "warning: the text or its tokenizer is not that of the checkpoint's run" in capsys.readouterr().out
         assert warned == said
+
+
+def test_another_length_on_a_resume_is_said(run, trained, ground, capsys):
+    for length, said in ((ground.flags["seq_len"], False), (ground.flags["seq_len"] // 2, True)):
+        capsys.readouterr()
+        assert cli.main(command(**ground.flags | {"out": trained, "steps": 3 + said, "seq_len": length})[3:]) == 0
+        assert (f"warning: --seq-len {length}, but the checkpoint's run had 32" in capsys.readouterr().out) == said
 
 
 def test_a_corrupt_checkpoint_is_named(run, trained):
