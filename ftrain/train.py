@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -101,7 +102,8 @@ def _prepare_on_one(cfg: TrainConfig, source: Path | None, model: Model, local_r
     """One rank of each machine tokenises and fills the cache, the others read it."""
     ready = partial(prepare, cfg.data, source, model.cfg.vocab, cfg.seq_len)
     data = ready() if local_rank == 0 else None
-    dist.barrier()
+    # Of its own, to outwait the minutes that other collectives have: a large text takes hours.
+    dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
     return data or ready()
 
 
@@ -126,6 +128,11 @@ def _start(
         con.warn(f"--seed {cfg.seed}, but the checkpoint's run had {meta['seed']}: the data's order changes here")
     if meta["data"] != digest:
         con.warn("the text or its tokenizer is not that of the checkpoint's run: other data from here on")
+    if meta.get("seq_len", cfg.seq_len) != cfg.seq_len:
+        con.warn(
+            f"--seq-len {cfg.seq_len}, but the checkpoint's run had {meta['seq_len']}: the text is cut into other "
+            "sequences, of which some repeat what was seen"
+        )
     return state, meta["sequences"], int(state.step)
 
 
@@ -252,8 +259,8 @@ def _heldout_loss(
 def _save(cfg: TrainConfig, job: Job, state: State, data: Data, sequences: int, source: Path | None) -> None:
     """A checkpoint of the state, after so many sequences."""
     meta = {
-        "sequences": sequences, "seed": cfg.seed, "data": data.digest, "model": cfg.model,
-        "plan": cfg.plan, "mesh": dict(job.mesh._asdict()),
+        "sequences": sequences, "seq_len": cfg.seq_len, "seed": cfg.seed, "data": data.digest,
+        "model": cfg.model, "plan": cfg.plan, "mesh": dict(job.mesh._asdict()),
     }  # fmt: skip
     write_tokenizer = partial(tokenizer.save, data.tokenizer, source=source)
     checkpoint.save(cfg.out, state, job.model, meta, write_tokenizer, keep=cfg.keep)
