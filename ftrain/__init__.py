@@ -1,4 +1,4 @@
-"""ftrain: a functional trainer for omni-modal models.
+"""ftrain: a functional trainer for large models.
 
 Nothing here imports torch until it is used: `python -m ftrain --help` stays fast.
 """

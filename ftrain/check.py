@@ -229,7 +229,7 @@ class Case(NamedTuple):
 
 
 class Trained:
-    """The small model, trained under the plan on one mesh after the other, and once plainly; each run made once."""
+    """The small model trained under the plan on one mesh after the other, and on one device; each run made once."""
 
     def __init__(self, plan: Plan, model: Model):
         self.plan, self.model = plan, model
@@ -237,7 +237,7 @@ class Trained:
         self.batches = [random_batch(model.cfg.vocab, 5, 11, seed) for seed in range(2)]
         self.cases: list[Case] = []
 
-    def reach(self, n: int) -> Iterator[Case]:
+    def first_cases(self, n: int) -> Iterator[Case]:
         """The first n cases, run where they have not been."""
         for mesh, replicas, accumulate in MESHES[len(self.cases) : n]:
             runs, error = None, None
@@ -251,7 +251,7 @@ class Trained:
     def served(self, n: int = len(MESHES)) -> list[Case]:
         """The cases that ran. Raises Broken for one that did not though the model fits the mesh."""
         found = []
-        for case in self.reach(n):
+        for case in self.first_cases(n):
             if case.runs is not None:
                 found.append(case)
             elif isinstance(case.error, Misplaced):
@@ -268,11 +268,11 @@ class Trained:
         return _experts_fit(self.model, asked(self.plan, self.model, mesh), mesh)
 
     @cached_property
-    def plainly(self) -> Run:
+    def reference(self) -> Run:
         return run_plain(self.model, self.batches)
 
     def compare(self, case: Case) -> list[Difference]:
-        found = deviations(case.runs, self.plainly, self.model)
+        found = deviations(case.runs, self.reference, self.model)
         wrong = [d for d in found if not d.error <= TOLERANCE]
         if wrong:
             raise Broken(f"{case}: {wrong[0]}; of {len(found)} values compared, {len(wrong)} differ")

@@ -73,6 +73,6 @@ def all_to_all(x: Tensor, received: list[int], sent: list[int], group: Group) ->
     return x if group.size == 1 else AllToAll.apply(x, received, sent, group)
 
 
-def swap(x: Tensor, group: Group) -> Tensor:
+def all_to_all_equal(x: Tensor, group: Group) -> Tensor:
     """[ranks, ...] -> [ranks, ...]: row r goes to rank r, row r of the result comes from it. Differentiable."""
     return all_to_all(x, [1] * group.size, [1] * group.size, group)

@@ -66,6 +66,7 @@ def layer_params(p: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def plain_scan(block, p: Mapping[str, Tensor], prefix: str, n: int, x: Tensor) -> tuple[Tensor, list]:
+    """`Ops.scan` as a loop."""
     ys = []
     for layer in range(n):
         x, y = block(layer_params(p, f"{prefix}.{layer}"), x, layer)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
-from .collectives import Group, all_gather, all_reduce, all_to_all, group_over, reduce_scatter, swap
+from .collectives import Group, all_gather, all_reduce, all_to_all, all_to_all_equal, group_over, reduce_scatter
 from .experts import combine, grouped_mlp, permute, sort_by_expert
 from .layout import Pieces, Placements
 from .ops import Ops
@@ -191,6 +191,7 @@ class Gathered(Mapping):
 
 
 def gather_group(buckets: tuple[Bucket, ...], shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole parameters of a group, by one all-gather for each bucket. Differentiable in the shards."""
     out: dict[str, Tensor] = {}
     for bucket in buckets:
         out.update(zip(bucket.names, Gather.apply(bucket, *(shards[name] for name in bucket.names))))
@@ -253,14 +254,14 @@ def kv_repeats(heads: int, kv_heads: int, sp: int) -> int:
 def heads_for_tokens(x: Tensor, sp: Group) -> Tensor:
     """[B, S/sp, N, D] -> [B, S, N/sp, D]"""
     B, S, N, D = x.shape
-    x = swap(x.view(B, S, sp.size, N // sp.size, D).permute(2, 0, 1, 3, 4), sp)
+    x = all_to_all_equal(x.view(B, S, sp.size, N // sp.size, D).permute(2, 0, 1, 3, 4), sp)
     return x.transpose(0, 1).reshape(B, sp.size * S, N // sp.size, D)
 
 
 def tokens_for_heads(x: Tensor, sp: Group) -> Tensor:
     """[B, S, N/sp, D] -> [B, S/sp, N, D]"""
     B, S, N, D = x.shape
-    x = swap(x.reshape(B, sp.size, S // sp.size, N, D).transpose(0, 1), sp)
+    x = all_to_all_equal(x.reshape(B, sp.size, S // sp.size, N, D).transpose(0, 1), sp)
     return x.permute(1, 2, 0, 3, 4).reshape(B, S // sp.size, sp.size * N, D)
 
 
@@ -275,7 +276,7 @@ def dispatching_experts(ep: Group, slots: tuple[int, ...], grouped_mm: Callable[
     def experts(x: Tensor, weight: Tensor, index: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         slot = index if in_order else torch.tensor(slots, device=index.device)[index]
         order, inverse, counts = sort_by_expert(slot, E)  # rows grouped by ep rank, then by its expert
-        arriving = swap(counts.view(ep.size, E // ep.size), ep)  # [from rank, my expert]
+        arriving = all_to_all_equal(counts.view(ep.size, E // ep.size), ep)  # [from rank, my expert]
         # One copy to the host, the only one of the layer: the sizes of what follows depend on it.
         sent, received = torch.stack([counts.view(ep.size, -1).sum(1), arriving.sum(1)]).cpu().tolist()
         for n in (*sent, *received):
