@@ -29,7 +29,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from . import __version__
 from .collectives import Group, all_gather, all_reduce, group_over
 from .disk import (
-    Corrupt, discard, file_crc, no_room, read_json, read_manifest, swap_in, tidy, verify, write_json, write_manifest,
+    CHECKPOINTS, MANIFEST, TRAIN_STATE, Corrupt, discard, file_crc, no_room, read_json, read_manifest, swap_in, tidy,
+    verify, write_json, write_manifest,
 )  # fmt: skip
 from .layout import Placements
 from .model import Model
@@ -39,7 +40,6 @@ from .specs import ParamSpec, Specs, stored
 from .state import State, gather_to, make_state, own_slices
 
 _KINDS = ("model", "mu", "nu")
-_TRAIN = "train_state"
 _MESSAGE = 2048  # bytes of an error message sent to the other ranks
 
 T = TypeVar("T")
@@ -115,7 +115,7 @@ def share_out(specs: Specs, ranks: int, file_bytes: int = FILE_BYTES) -> list[Fi
                 groups.append((rank, {}))
                 size = 4 * spec.numel
             groups[-1][1][name] = spec
-        folder = "" if kind == "model" else f"{_TRAIN}/"
+        folder = "" if kind == "model" else f"{TRAIN_STATE}/"
         files += [
             File(f"{folder}{kind}-{i:05d}-of-{len(groups):05d}.safetensors", kind, rank, members)
             for i, (rank, members) in enumerate(groups, 1)
@@ -138,7 +138,7 @@ def save(
     mesh = next(iter(state.params.values())).device_mesh
     rank, ranks = _all_ranks(mesh).rank, _all_ranks(mesh).size
     step = int(state.step)
-    directory = Path(out) / "checkpoints"
+    directory = Path(out) / CHECKPOINTS
     files = share_out(model.specs, ranks, file_bytes)
     sizes = {file.path: make_header(file.layout)[1] for file in files}
     token = sum_over_ranks(mesh, [secrets.randbits(32) if rank == 0 else 0])[0]
@@ -147,7 +147,7 @@ def save(
     def prepare() -> None:
         directory.mkdir(parents=True, exist_ok=True)
         tidy(directory)
-        (tmp / _TRAIN).mkdir(parents=True)
+        (tmp / TRAIN_STATE).mkdir(parents=True)
 
     def publish() -> None:
         write_json(tmp / "config.json", hf_config(model.hf, torch.float32))
@@ -158,11 +158,11 @@ def save(
             layouts = {Path(file.path).name: file.layout for file in files if file.kind == kind}
             write_json(of_kind[0].with_name(f"{kind}.safetensors.index.json"), make_index(layouts))
         of_job = {"step": step, "model_type": model.family, "ftrain": __version__, "rng": get_rng()}
-        write_json(tmp / _TRAIN / "train_state.json", {**meta, **of_job})
+        write_json(tmp / TRAIN_STATE / "train_state.json", {**meta, **of_job})
         checks = {file.path: (sizes[file.path], crc) for file, crc in zip(files, crcs, strict=True)}
-        for path in [*tmp.glob("*.index.json"), *(tmp / _TRAIN).glob("*.json")]:
+        for path in [*tmp.glob("*.index.json"), *(tmp / TRAIN_STATE).glob("*.json")]:
             checks[str(path.relative_to(tmp))] = (path.stat().st_size, file_crc(path))
-        write_manifest(tmp / _TRAIN / "manifest.json", checks)
+        write_manifest(tmp / MANIFEST, checks)
         swap_in(tmp, target)
 
     def message(error: Exception) -> str:
@@ -241,7 +241,7 @@ def step_of(directory: Path) -> int | None:
 
 def latest(out: str | os.PathLike) -> list[Path]:
     """The checkpoints of a run directory, newest first. Their names are given to whole directories only."""
-    found = (Path(out) / "checkpoints").glob("step-*")
+    found = (Path(out) / CHECKPOINTS).glob("step-*")
     return sorted((path for path in found if path.is_dir() and step_of(path) is not None), key=step_of, reverse=True)
 
 
@@ -256,16 +256,16 @@ def restore(
     """
     directory = Path(directory)
     rank, ranks = _all_ranks(mesh).rank, _all_ranks(mesh).size
-    checks = all_or_none(mesh, lambda: read_manifest(directory / _TRAIN / "manifest.json"), Corrupt)
+    checks = all_or_none(mesh, lambda: read_manifest(directory / MANIFEST), Corrupt)
     mine = sorted(checks, key=lambda name: (-checks[name][0], name))[rank::ranks]
     all_or_none(mesh, lambda: verify(directory, checks, mine), Corrupt)
 
     def read() -> tuple[State, dict[str, Any]]:
         values = {
-            kind: read_values(directory if kind == "model" else directory / _TRAIN, of_kind, kind)
+            kind: read_values(directory if kind == "model" else directory / TRAIN_STATE, of_kind, kind)
             for kind, of_kind in kinds(specs).items()
         }
-        meta = read_json(directory / _TRAIN / "train_state.json")
+        meta = read_json(directory / TRAIN_STATE / "train_state.json")
         state = make_state(specs, placements, mesh, values["model"])
         for kind, moments in (("mu", state.mu), ("nu", state.nu)):
             for name, spec in kinds(specs)[kind].items():
@@ -286,7 +286,7 @@ def resume(
     Raises FileNotFoundError where there is none, Corrupt where none is whole; else as `restore`.
     """
     rank = _all_ranks(mesh).rank
-    all_or_none(mesh, lambda: tidy(Path(out) / "checkpoints") if rank == 0 else None, OSError)
+    all_or_none(mesh, lambda: tidy(Path(out) / CHECKPOINTS) if rank == 0 else None, OSError)
     found = latest(out)
     if not found:
         raise FileNotFoundError(f"{out} holds no checkpoint (checkpoints/step-N)")

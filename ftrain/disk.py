@@ -7,6 +7,9 @@ import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+CHECKPOINTS = "checkpoints"  # the folder of a run directory that holds step-N, ...
+TRAIN_STATE = "train_state"  # the folder of a step-N that holds all but the model
+MANIFEST = f"{TRAIN_STATE}/manifest.json"
 CHUNK = 1 << 24  # bytes that are written, or read for a checksum, at a time
 
 Checks = Mapping[str, tuple[int, int]]  # path in the directory -> (size in bytes, crc32)

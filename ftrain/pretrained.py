@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .disk import no_room, read_json, read_manifest, swap_in, verify, write_json
+from .disk import MANIFEST, no_room, read_json, read_manifest, swap_in, verify, write_json
 from .layout import Placements
 from .model import Model, find_model
 from .safetensors_io import (
@@ -76,7 +76,7 @@ def export(
         dtype = _FLOATS[dtype]
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise ValueError(f"{dest} exists and is not an empty directory: export writes a new one")
-    manifest = source / "train_state" / "manifest.json"
+    manifest = source / MANIFEST
     if manifest.is_file():
         checks = read_manifest(manifest)
         verify(source, checks, [name for name in checks if "/" not in name])

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .config import TrainConfig, to_json
-from .disk import discard
+from .disk import CHECKPOINTS, discard
 
-CONFIG, METRICS, EVENTS, CHECKPOINTS = "run.json", "metrics.jsonl", "tensorboard", "checkpoints"
+CONFIG, METRICS, EVENTS = "run.json", "metrics.jsonl", "tensorboard"
 
 
 class Sink(NamedTuple):

@@ -15,7 +15,7 @@ from . import checkpoint, launch, records, tokenizer
 from .config import TrainConfig, resolved
 from .console import Console, TensorSummary, console
 from .data import Batch, Data, batch_at, heldout_batches, prefetch, prepare
-from .disk import tidy
+from .disk import CHECKPOINTS, tidy
 from .flops import flops_per_token, peak_flops, peak_memory
 from .generate import generate
 from .job import Job, make_job
@@ -84,7 +84,7 @@ def _has_weights(model: str) -> bool:
 
 def _check_out(cfg: TrainConfig, rank: int) -> None:
     """See that the run directory is ours to write to, before any work is done."""
-    checkpoints = (Path(cfg.out) / records.CHECKPOINTS).resolve()
+    checkpoints = (Path(cfg.out) / CHECKPOINTS).resolve()
     for name, directory in (("--init", cfg.init), ("--model", cfg.model)):
         if directory and checkpoints in Path(directory).resolve().parents:
             raise ValueError(
@@ -92,7 +92,7 @@ def _check_out(cfg: TrainConfig, rank: int) -> None:
                 "give another --out, or go on from it with --resume"
             )
     if rank == 0:
-        tidy(Path(cfg.out) / records.CHECKPOINTS)
+        tidy(Path(cfg.out) / CHECKPOINTS)
     dist.barrier()
     if cfg.resume == "never" and not cfg.overwrite and checkpoint.latest(cfg.out):
         raise ValueError(f"--resume never: {cfg.out} holds checkpoints; give another --out, or --overwrite")
@@ -241,7 +241,7 @@ def _loop(
             save(step)
             saved = step
     _sample(job, state, data, con)
-    con.info(f"the model is in {Path(cfg.out) / records.CHECKPOINTS / f'step-{cfg.steps}'}, as transformers opens it")
+    con.info(f"the model is in {Path(cfg.out) / CHECKPOINTS / f'step-{cfg.steps}'}, as transformers opens it")
 
 
 def _heldout_loss(
