@@ -116,6 +116,9 @@ def _start(
         state, meta = checkpoint.restore(cfg.resume, specs, placements, mesh)
         checkpoint.set_rng(meta["rng"])
         con.info(f"resuming from {cfg.resume}")
+        newest = next(iter(checkpoint.latest(cfg.out)), None)
+        if newest and checkpoint.step_of(newest) > int(state.step):
+            con.warn(f"{newest} is later than where this run starts: --resume auto would go on from there")
     elif cfg.resume == "auto" and not cfg.overwrite and checkpoint.latest(cfg.out):
         state, meta, directory = checkpoint.resume(cfg.out, specs, placements, mesh, warn=con.warn)
         con.info(f"resuming from {directory}")

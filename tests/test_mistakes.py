@@ -262,6 +262,16 @@ def test_another_length_on_a_resume_is_said(run, trained, ground, capsys):
         assert (f"warning: --seq-len {length}, but the checkpoint's run had 32" in capsys.readouterr().out) == said
 
 
+def test_a_later_checkpoint_of_another_past_is_said(run, trained, ground, capsys):
+    shutil.copytree(trained / "checkpoints" / "step-2", ground.root / "step-2", dirs_exist_ok=True)
+    assert run(out=trained, steps=4) == (0, "")
+    for more, said in (({"out": trained}, True), ({"out": ground.root / "elsewhere"}, False)):
+        argv = command(**ground.flags | {"resume": ground.root / "step-2", "steps": 3} | more)[3:]
+        assert cli.main(argv) == 0
+        out = capsys.readouterr().out
+        assert (f"warning: {trained / 'checkpoints' / 'step-4'} is later than where this run starts" in out) == said
+
+
 def test_a_corrupt_checkpoint_is_named(run, trained):
     file = trained / "checkpoints" / "step-2" / "train_state" / "mu-00001-of-00001.safetensors"
     size = file.stat().st_size
