@@ -115,3 +115,21 @@ def test_resolved_fills_in_precision_and_run_directory(tmp_path):
     assert config.resolved(TrainConfig(model=str(tmp_path) + "/"), accelerated=False).out == f"runs/{tmp_path.name}"
     assert config.resolved(TrainConfig(out="there"), accelerated=False).out == "there"
     assert json.loads(config.to_json(config.resolved(TrainConfig(), False)))["mesh"]["fsdp"] == -1
+
+
+def test_choices_are_those_of_the_modules_that_know_them():
+    """The flags name them again, since the help may not import torch."""
+    from typing import get_args, get_type_hints
+
+    from ftrain import graph, optim, precision, remat
+
+    hints = get_type_hints(TrainConfig, include_extras=False)
+
+    def choices(name: str) -> tuple:
+        options = get_args(hints[name])
+        return get_args(options[0]) if type(None) in options else options
+
+    assert choices("precision") == precision.PRECISIONS
+    assert choices("compile") == graph.MODES
+    assert choices("remat") == remat.POLICIES
+    assert choices("schedule") == optim.SCHEDULES
