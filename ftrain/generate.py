@@ -33,7 +33,9 @@ def generate(
         row = torch.tensor(ids + [0] * (width - len(ids)))
         batch = {"input_ids": row, "position_ids": positions, "segment_ids": torch.zeros_like(row)}
         # Every rank computes the same row; what stands after the last token is not seen by it.
-        out = job.model.forward(params, {k: v[None, columns].to(device) for k, v in batch.items()}, job.ops)
+        batch = {name: t[None, columns].to(device) for name, t in batch.items()}
+        batch["max_position"] = torch.tensor(len(ids) - 1, device=device)
+        out = job.model.forward(params, batch, job.ops)
         hidden = all_gather(out.hidden[0].contiguous(), sp).flatten(0, 1)[len(ids) - 1]
         logits = (hidden @ out.unembedding.t()).float().cpu()
         if temperature:

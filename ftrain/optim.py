@@ -56,21 +56,30 @@ class Schedule:
 
 @torch.library.custom_op("ftrain::adamw_", mutates_args=("params", "grads", "mu", "nu"))
 def _adamw_(
-    params: list[Tensor], grads: list[Tensor], mu: list[Tensor], nu: list[Tensor],
+    params: list[Tensor], grads: list[Tensor], mu: list[Tensor], nu: list[Tensor], decayed: list[bool],
     step: Tensor, lr: Tensor, scale: Tensor, skip: Tensor,
     beta1: float, beta2: float, weight_decay: float, eps: float,
 ) -> None:  # fmt: skip
     """torch's fused kernel as one operator of the graph: one pass over memory, nothing copied."""
     # The CPU kernel reads storage from end to end, whatever the strides: an uneven shard's gradient is a narrow view.
     grads = [grad.contiguous() for grad in grads]
-    torch._fused_adamw_(
-        params, grads, mu, nu, [], [step] * len(params), lr=lr, beta1=beta1, beta2=beta2,
-        weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False, grad_scale=scale, found_inf=skip,
-    )  # fmt: skip
+    # It scales gradients where they lie: two must not be one tensor, as those of the two terms of a sum can be.
+    seen: set[int] = set()
+    for i, grad in enumerate(grads):
+        if grad.data_ptr() in seen:
+            grads[i] = grad.clone()
+        seen.add(grad.data_ptr())
+    for decays in (True, False):
+        tensors = [[t for t, d in zip(kind, decayed) if d == decays] for kind in (params, grads, mu, nu)]
+        torch._fused_adamw_(
+            *tensors, [], [step] * len(tensors[0]), lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+            weight_decay=weight_decay if decays else 0.0, amsgrad=False, maximize=False,
+            grad_scale=scale, found_inf=skip,
+        )  # fmt: skip
 
 
 @_adamw_.register_fake
-def _(params, grads, mu, nu, step, lr, scale, skip, beta1, beta2, weight_decay, eps):
+def _(params, grads, mu, nu, decayed, step, lr, scale, skip, beta1, beta2, weight_decay, eps):
     return None
 
 
@@ -85,11 +94,8 @@ def update_(
     """
     # The kernel divides gradients by `scale`: clipping is max(1, norm / clip), as torch's clip_grad_norm_ has it.
     scale = ((norm + 1e-6) / adam.clip).clamp(min=1.0)
-    for decays in (True, False):
-        names = [name for name in params if decay[name] == decays]
-        if names:
-            _adamw_(
-                *([tensors[name] for name in names] for tensors in (params, grads, mu, nu)),
-                (step + 1).float(), lr, scale, (~apply).float(),
-                adam.beta1, adam.beta2, adam.weight_decay if decays else 0.0, adam.eps,
-            )  # fmt: skip
+    names = list(params)
+    _adamw_(
+        *([tensors[name] for name in names] for tensors in (params, grads, mu, nu)), [decay[name] for name in names],
+        (step + 1).float(), lr, scale, (~apply).float(), adam.beta1, adam.beta2, adam.weight_decay, adam.eps,
+    )  # fmt: skip

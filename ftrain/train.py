@@ -103,8 +103,15 @@ def _prepare_on_one(cfg: TrainConfig, source: Path | None, model: Model, local_r
     ready = partial(prepare, cfg.data, source, model.cfg.vocab, cfg.seq_len)
     data = ready() if local_rank == 0 else None
     # Of its own, to outwait the minutes that other collectives have: a large text takes hours.
-    dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
-    return data or ready()
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    dist.barrier(group)
+    data = data or ready()
+    digest = torch.tensor([int(data.digest[:12], 16)])
+    everyones = [torch.empty_like(digest) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyones, digest, group=group)
+    if any(other != digest for other in everyones):
+        raise ValueError("the ranks read different text (another file, or another Python's library): give all the same")
+    return data
 
 
 def _start(
@@ -202,14 +209,17 @@ def _loop(
         with con.phase("measuring the held-out loss"):
             loss, count = _heldout_loss(cfg, job, data, lambda batch: eval_step(state, _to(batch, process.device)))
         con.info(f"step {step}: held-out loss {loss:.4f} over {count:,} tokens")
-        log(step, heldout_loss=loss)
+        if step > first or first == 0:  # a resumed run's first is in the records already
+            log(step, heldout_loss=loss)
 
     def save(step: int) -> None:
         with con.phase(f"saving checkpoint step-{step}"):
             _save(cfg, job, state, data, position + (step - first) * cfg.batch_size, source)
 
     evaluate(first)
-    start, done, saved = time.perf_counter(), 0, first
+    # The step of the newest checkpoint in cfg.out; at 0 there is nothing that needs one.
+    saved = first if first == 0 or cfg.resume == "auto" else None
+    start, done = time.perf_counter(), 0
     for step, batch in enumerate(prefetch(batches()), first + 1):
         began = time.perf_counter()
         compiles = step == first + 1 and cfg.compile != "off"

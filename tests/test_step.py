@@ -363,3 +363,18 @@ def test_schedules_at_their_corners():
     assert all(at[kind](100) == pytest.approx(0.1) for kind in ("cosine", "linear", "wsd"))
     with pytest.raises(ValueError, match="--schedule cosin: valid schedules are"):
         Schedule(10, "cosin")(torch.tensor(0))
+
+
+def test_one_gradient_for_two_parameters_is_scaled_once():
+    """The terms of a sum have one gradient, and autograd may give one tensor for both."""
+    adam = AdamW(lr=0.1, eps=1e-3, weight_decay=0.0, clip=0.5)
+    shared = torch.tensor([3.0, 4.0])
+    params, mu, nu = ({name: torch.full((2,), start) for name in "ab"} for start in (1.0, 0.0, 0.0))
+    norm = torch.tensor(50.0).sqrt()
+    update_(
+        adam, torch.tensor(0.1), {"a": True, "b": False}, params, {"a": shared, "b": shared}, mu, nu,
+        torch.tensor(0), norm, torch.tensor(True),
+    )  # fmt: skip
+    for name in "ab":
+        torch.testing.assert_close(mu[name], 0.1 * torch.tensor([3.0, 4.0]) * 0.5 / norm, rtol=1e-5, atol=0)
+    assert torch.equal(params["a"], params["b"])
