@@ -451,4 +451,4 @@ def test_products_of_one_operand_compile():
 
     for compiled, eager in zip(tree_leaves(one_graph(run, "inductor")(x, w)), tree_leaves(run(x, w)), strict=True):
         # An element at the edge of two float8 values may fall on either side: few do.
-        assert (compiled - eager).float().norm() < 0.04 * eager.float().norm()
+        assert (compiled - eager).float().norm() < 0.08 * eager.float().norm()
