@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import models
 from .config import did_you_mean
-from .disk import read_json
+from .disk import instead_of, read_json
 from .ops import Output, fill_batch, plain
 from .specs import Specs
 
@@ -29,11 +29,29 @@ class Model:
     forward: Callable[..., Output]
 
 
+FAMILY = ("PRESETS", "config", "specs", "forward")  # what a family's module has
+
+
 def families() -> dict[str, Any]:
-    """The family modules in the models folder, by `model_type`: those that have presets."""
+    """The family modules in the models folder, by `model_type`: those that have PRESETS or a config.
+
+    Raises ValueError naming a file that has the one but lacks others of the four.
+    """
+    found = {n: m for n, m in _modules().items() if hasattr(m, "PRESETS") or hasattr(m, "config")}
+    for module in found.values():
+        _check_family(module)
+    return found
+
+
+def _modules() -> dict[str, Any]:
+    """All modules in the models folder: the families, and what they share."""
     names = [module.name for module in pkgutil.iter_modules(models.__path__)]
-    modules = {name: importlib.import_module(f"{models.__name__}.{name}") for name in names}
-    return {name: module for name, module in modules.items() if hasattr(module, "PRESETS")}
+    return {name: importlib.import_module(f"{models.__name__}.{name}") for name in names}
+
+
+def _check_family(module: Any) -> None:
+    if lacking := [name for name in FAMILY if not hasattr(module, name)]:
+        raise ValueError(f"{module.__file__} lacks {', '.join(lacking)}: a family's module has {', '.join(FAMILY)}")
 
 
 def presets() -> dict[str, dict]:
@@ -57,7 +75,8 @@ def find_model(which: str | os.PathLike | Mapping | Any) -> Model:
     if os.path.isdir(which):
         path = Path(which) / "config.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: a model's directory holds a config.json")
+            held = f"a model's directory holds a config.json{instead_of(which)}"
+            raise FileNotFoundError(f"{path} does not exist: {held}")
         hf = read_json(path)
         try:
             return _from_config(hf)
@@ -70,6 +89,8 @@ def find_model(which: str | os.PathLike | Mapping | Any) -> Model:
 def _from_config(hf: dict) -> Model:
     known, family = families(), hf.get("model_type")
     if family not in list(known):  # a list, because the value may be anything that JSON can hold
+        if family in list(modules := _modules()):
+            _check_family(modules[family])
         raise ValueError(f"model_type {family!r} is not supported: supported are {', '.join(sorted(known))}")
     module = known[family]
     cfg = module.config(hf)

@@ -1,4 +1,7 @@
-"""The families against their transformers twins: logits and every gradient, padding, packing, presets, errors."""
+"""The families against their transformers twins: logits and every gradient, padding, packing, presets, errors.
+
+Every family that is found is held to its twin at its first preset, shrunk; those of FAMILIES at any config.
+"""
 
 import json
 
@@ -8,15 +11,16 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
-from twins import gradients, our_names, twin, weights
+from twins import first_preset, gradients, our_names, twin, weights
 
 import ftrain
-from ftrain.model import find_model, param_counts, presets
+from ftrain.equivalence import shrink
+from ftrain.model import FAMILY, families, find_model, param_counts, presets
 from ftrain.ops import fill_batch, plain
 from ftrain.specs import stored
 
 torch.set_num_threads(1)
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")  # those that `configs` and `tiny` know
 MAX_POSITIONS = 16  # tests run shorter and longer sequences than this
 
 
@@ -130,6 +134,17 @@ def compare(model, theirs, batch):
     for name, p in params.items():
         got = torch.zeros_like(p) if p.grad is None else p.grad
         close(got, wanted.get(name, torch.zeros_like(p)), floor=5e-2 * largest)
+
+
+@pytest.mark.parametrize("padded", [None, "left", "right"])
+@pytest.mark.parametrize("family", families())
+def test_every_family_at_its_first_preset_equals_transformers(family, padded):
+    theirs = twin(shrink(first_preset(family)))
+    batch = {"input_ids": torch.randint(131, (2, 12), generator=torch.Generator().manual_seed(0))}
+    if padded:
+        batch["attention_mask"] = torch.ones(2, 12, dtype=torch.long)
+        batch["attention_mask"][1, slice(0, 4) if padded == "left" else slice(8, 12)] = 0
+    compare(find_model(shrink(first_preset(family))), theirs, batch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -246,7 +261,7 @@ def test_forward_is_one_graph(family):
             close(a, b)
 
 
-# What the model cards say, to the parameter (tied tables counted once).
+# What the model cards say, to the parameter (tied tables counted once); a preset may do without.
 PUBLISHED = {
     "Qwen3-0.6B": 596_049_920,
     "Qwen3-1.7B": 1_720_574_976,
@@ -266,8 +281,9 @@ PUBLISHED = {
 }
 
 
-def test_every_preset_has_its_published_size():
-    assert {name: param_counts(find_model(name).specs)[0] for name in presets()} == PUBLISHED
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_preset_has_its_published_size(name):
+    assert param_counts(find_model(name).specs)[0] == PUBLISHED[name]
 
 
 def test_active_parameters():
@@ -278,7 +294,7 @@ def test_active_parameters():
         assert (param_counts(model.specs)[1] + table) / 1e9 == pytest.approx(billions, abs=0.06)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", presets())
 def test_transformers_builds_the_same_tensors_from_a_preset(name):
     model = find_model(name)
     config = transformers.AutoConfig.for_model(**model.hf)
@@ -375,12 +391,29 @@ def test_a_malformed_config_is_a_value_error(family, data):
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1 .* 0"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes' .* true or false"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok = 5 .* at most num_experts = 4"),
-        ({"model_type": "gpt2"}, "'gpt2' is not supported: supported are llama, qwen2, qwen3, qwen3_moe"),
+        ({"model_type": "gpt2"}, f"'gpt2' is not supported: supported are {', '.join(sorted(families()))}"),
     ],
 )
 def test_config_errors_name_key_value_and_what_is_valid(change, words):
     with pytest.raises(ValueError, match=words):
         find_model(tiny("qwen3_moe", **change))
+
+
+@pytest.mark.parametrize("lacking", FAMILY)
+def test_a_family_that_lacks_a_name_says_which(lacking, monkeypatch):
+    from ftrain.models import llama
+
+    misspelt = getattr(llama, lacking)
+    monkeypatch.delattr(llama, lacking)
+    monkeypatch.setattr(llama, f"{lacking}_", misspelt, raising=False)
+    for which in (tiny("llama"), "Llama-3.1-8B"):
+        with pytest.raises(ValueError, match=rf"models/llama\.py lacks {lacking}: a family's module has PRESETS, "):
+            find_model(which)
+
+
+def test_the_name_of_a_module_that_is_no_family():
+    with pytest.raises(ValueError, match=r"models/rope\.py lacks PRESETS, config, specs, forward: a family's module"):
+        find_model(tiny("rope"))
 
 
 def test_finding_a_model(tmp_path):

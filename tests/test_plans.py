@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from torch.distributed.tensor import Partial, Replicate, Shard
+from twins import first_preset
 
 from ftrain import check
 from ftrain.equivalence import deviations, differences, random_batch, run_mesh, run_plain, shrink
@@ -26,12 +27,8 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def preset(family):
-    return next(iter(families()[family].PRESETS.values()))
-
-
 def small(family="qwen3_moe", **other):
-    return find_model(shrink(preset(family)) | other)
+    return find_model(shrink(first_preset(family)) | other)
 
 
 def batches(n=1, rows=5, length=11, **other):
@@ -51,7 +48,7 @@ def held(model, plan, mesh, data, **how):
 
 @pytest.mark.parametrize("plan, family", PAIRS)
 def test_every_plan_on_every_model_by_arithmetic(plan, family):
-    model, plan = find_model(preset(family) | {"num_hidden_layers": 3}), find_plan(plan)
+    model, plan = find_model(first_preset(family) | {"num_hidden_layers": 3}), find_plan(plan)
     for invariant in (check.total, check.well_formed, check.pure):
         invariant(plan, model)
 

@@ -3,6 +3,15 @@
 import torch
 import transformers
 
+from ftrain.model import families
+
+
+def first_preset(family: str) -> dict:
+    """The config that a family is tested with, which `shrink` makes small."""
+    presets = families()[family].PRESETS
+    assert presets, f"models/{family}.py has no preset: a family needs one to be tested"
+    return next(iter(presets.values()))
+
 
 def twin(hf: dict, seed: int = 0, dtype=torch.float32):
     """The transformers model of a config, with weights large enough that every part of it matters."""
