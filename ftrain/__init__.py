@@ -10,7 +10,7 @@ def load_pretrained(directory):
     """Load a Hugging Face directory: -> (model, params), on one device, in the checkpoint's own dtype.
 
     `params` maps Hugging Face's names to tensors (experts stacked along dimension 0).
-    Raises ValueError listing every missing, extra or mis-shaped tensor.
+    Raises FileNotFoundError for what is no directory, ValueError naming missing, extra or mis-shaped tensors.
     """
     from .pretrained import load_pretrained
 

@@ -11,7 +11,6 @@ slices. A directory is written under another name and renamed when it is whole a
 """
 
 import os
-import re
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -29,8 +28,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from . import __version__
 from .collectives import Group, all_gather, all_reduce, group_over
 from .disk import (
-    CHECKPOINTS, MANIFEST, TRAIN_STATE, Corrupt, discard, file_crc, no_room, read_json, read_manifest, swap_in, tidy,
-    verify, write_json, write_manifest,
+    CHECKPOINTS, MANIFEST, TRAIN_STATE, Corrupt, discard, file_crc, latest, no_room, read_json, read_manifest, step_of,
+    swap_in, tidy, verify, write_json, write_manifest,
 )  # fmt: skip
 from .layout import Placements
 from .model import Model
@@ -233,18 +232,6 @@ def write_share(tmp: Path, state: State, files: list[File], rank: int) -> dict[s
 # --- Restoring
 
 
-def step_of(directory: Path) -> int | None:
-    """N of a directory named step-N, None of another."""
-    match = re.fullmatch(r"step-(\d+)", directory.name)
-    return int(match[1]) if match else None
-
-
-def latest(out: str | os.PathLike) -> list[Path]:
-    """The checkpoints of a run directory, newest first. Their names are given to whole directories only."""
-    found = (Path(out) / CHECKPOINTS).glob("step-*")
-    return sorted((path for path in found if path.is_dir() and step_of(path) is not None), key=step_of, reverse=True)
-
-
 def restore(
     directory: str | os.PathLike, specs: Specs, placements: Placements, mesh: DeviceMesh
 ) -> tuple[State, dict[str, Any]]:
@@ -252,7 +239,7 @@ def restore(
 
     The ranks check all files together, then each reads its slices. Every rank must call it.
     Raises on every rank: Corrupt naming a file that is not as it was written; ValueError
-    listing all tensors that are missing, extra or mis-shaped for `specs`.
+    naming tensors that are missing, extra or mis-shaped for `specs`.
     """
     directory = Path(directory)
     rank, ranks = _all_ranks(mesh).rank, _all_ranks(mesh).size

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping
@@ -99,6 +100,24 @@ def _sync(path: str | os.PathLike) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def step_of(directory: Path) -> int | None:
+    """N of a directory named step-N, None of another."""
+    match = re.fullmatch(r"step-(\d+)", directory.name)
+    return int(match[1]) if match else None
+
+
+def latest(out: str | os.PathLike) -> list[Path]:
+    """The checkpoints of a run directory, newest first. Their names are given to whole directories only."""
+    found = (Path(out) / CHECKPOINTS).glob("step-*")
+    return sorted((path for path in found if path.is_dir() and step_of(path) is not None), key=step_of, reverse=True)
+
+
+def instead_of(directory: str | os.PathLike) -> str:
+    """'; it is a run directory: give CHECKPOINT', the newest, or nothing: for errors about a missing model."""
+    found = latest(directory)
+    return f"; it is a run directory: give {found[0]}" if found else ""
 
 
 # Names while things are in the making, for a directory step-5: step-5.tmp-TOKEN is not whole yet,

@@ -31,8 +31,11 @@ def load_pretrained(directory: str | os.PathLike) -> tuple[Model, dict[str, Tens
     """A Hugging Face directory on one device, in the files' dtype; experts stacked along dimension 0.
 
     Tensors may be views of the mapped files: memory is used as they are read.
-    Raises ValueError listing every missing, extra or mis-shaped tensor, or naming a corrupt file.
+    Raises FileNotFoundError for what is no such directory, and ValueError naming missing, extra or mis-shaped tensors
+    or a corrupt file.
     """
+    if not os.path.isdir(directory):  # also of a preset's name, which has no weights
+        raise FileNotFoundError(f"{directory} is not a directory: weights are read from a Hugging Face directory")
     model = find_model(Path(directory))
     values = read_values(directory, model.specs)
     everything = {name: tuple(slice(0, n) for n in spec.shape) for name, spec in model.specs.items()}
@@ -42,7 +45,7 @@ def load_pretrained(directory: str | os.PathLike) -> tuple[Model, dict[str, Tens
 def init_from(directory: str | os.PathLike, model: Model, placements: Placements, mesh: DeviceMesh) -> State:
     """A state at step 0 with a directory's weights; each rank reads its own slices.
 
-    Raises ValueError listing every missing, extra or mis-shaped tensor, or naming a corrupt file.
+    Raises ValueError naming missing, extra or mis-shaped tensors, or a corrupt file.
     """
     return make_state(model.specs, placements, mesh, read_values(directory, model.specs))
 

@@ -19,12 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .disk import CHUNK
+from .disk import CHUNK, instead_of
 from .specs import ParamSpec, Specs, stored
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_LISTED = 20  # names of each kind that an error lists before it counts the rest
+_ALL, _FEW = 20, 3  # an error names so many tensors in all, or of each kind so few and counts the rest
 _EXPERT = re.compile(r"(?P<experts>.*\.experts)\.\d+\.(?P<projection>gate|up|down)_proj\.weight")
 
 Slices = tuple[slice, ...]
@@ -82,7 +82,8 @@ def read_index(directory: Path, kind: str = "model") -> dict[str, Entry]:
     if not files:
         if not directory.is_dir():
             raise FileNotFoundError(f"{directory} is not a directory")
-        raise FileNotFoundError(f"{directory} holds no *.safetensors files: only safetensors weights are read")
+        what = instead_of(directory) or ": only safetensors weights are read"
+        raise FileNotFoundError(f"{directory} holds no *.safetensors files{what}")
     return {name: entry for file in files for name, entry in read_header(file).items()}
 
 
@@ -100,7 +101,9 @@ def _fused(spec: ParamSpec) -> tuple[str, tuple[int, ...], int] | None:
 
 
 def check_names(entries: Mapping[str, Entry], specs: Specs, where: object) -> None:
-    """Raises one ValueError that lists every missing, extra, mis-shaped and mis-typed tensor.
+    """Raises one ValueError that counts missing, extra, mis-shaped and mis-typed tensors, and names them.
+
+    All of them where they are few, the first of each kind where they are many.
 
     Not extra: the output matrix of a model that ties it to the embedding, and the rotary
     frequencies that old checkpoints hold; both are computed.
@@ -126,9 +129,11 @@ def check_names(entries: Mapping[str, Entry], specs: Specs, where: object) -> No
         ],
     }
     found = []
+    many = sum(map(len, problems.values())) > _ALL
     for kind, names in problems.items():
-        rest = [f"and {len(names) - _LISTED} more"] if len(names) > _LISTED else []
-        found += [f"{len(names)} {kind}: {', '.join(names[:_LISTED] + rest)}"] if names else []
+        rest = [f"and {len(names) - _FEW} more"] if many and len(names) > _FEW else []
+        named = names[:_FEW] if rest else names
+        found += [f"{len(names)} {kind}: {', '.join(named + rest)}"] if names else []
     if found:
         raise ValueError(f"the tensors in {where} are not those of the model: " + "; ".join(found))
 

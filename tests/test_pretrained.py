@@ -143,19 +143,20 @@ def test_export_refuses(tmp_path, monkeypatch):
     assert names_in(tmp_path) == ["checkpoints", "taken"] and names_in(taken) == ["file"]
 
 
-def test_missing_extra_and_misshaped_tensors_are_all_listed(tmp_path):
+@pytest.mark.parametrize("extra, last", [(16, "vision.9; "), (17, "and 14 more; ")])
+def test_missing_extra_and_misshaped_tensors_are_named_all_or_a_few_of_each(tmp_path, extra, last):
     transformers_model(tmp_path)
     tensors = content(tmp_path)
     part = "model.layers.0.mlp.experts.2.down_proj.weight"
     del tensors["model.norm.weight"], tensors[part]
     tensors[EMBED] = tensors[EMBED][:-1].clone()
     tensors["model.layers.1.mlp.gate_proj.weight"] = torch.zeros(28, 20, dtype=torch.int64)
-    tensors |= {f"vision.{i}": torch.zeros(1) for i in range(25)}
+    tensors |= {f"vision.{i}": torch.zeros(1) for i in range(extra)}
     tensors |= {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4), "lm_head.weight": torch.zeros(61, 20)}
     save_file(tensors, tmp_path / "model.safetensors")
     sentence = (
-        f"2 missing: {part} [20, 12], model.norm.weight [20]; 25 extra: vision.0,",
-        "and 5 more; ",
+        f"2 missing: {part} [20, 12], model.norm.weight [20]; {extra} extra: vision.0, ",
+        last,
         f"1 mis-shaped: {EMBED} is [60, 20] instead of [61, 20]; ",
         "1 of another type: model.layers.1.mlp.gate_proj.weight is I64",
     )
@@ -167,6 +168,24 @@ def test_missing_extra_and_misshaped_tensors_are_all_listed(tmp_path):
             load()
         assert all(piece in str(caught.value) for piece in sentence), str(caught.value)
         assert "lm_head" not in str(caught.value) and "rotary" not in str(caught.value)
+
+
+@pytest.mark.parametrize("which", ["nope", "Qwen3-0.6B"])
+def test_weights_of_no_directory(which):
+    with pytest.raises(FileNotFoundError, match=f"^{which} is not a directory: weights are read from"):
+        load_pretrained(which)
+
+
+def test_a_run_directory_is_told_from_its_checkpoints(tmp_path):
+    for step in (9, 10):
+        newest = saved(tmp_path, step)
+    for read in (
+        lambda: load_pretrained(tmp_path),
+        lambda: export(tmp_path, tmp_path / "new"),
+        lambda: run_ranks(1, lambda rank: init_from(tmp_path, MODEL, *placed("fsdp", (1, 1, 1)))),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"; it is a run directory: give {re.escape(str(newest))}$"):
+            read()
 
 
 @pytest.mark.parametrize("damage", ["truncate", "header", "pointer", "missing"])
