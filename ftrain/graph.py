@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 aten = torch.ops.aten
 
+ALIASES = (aten.view.default, aten.t.default, aten.detach.default, aten.alias.default)
 MODES = ("inductor", "aot_eager", "off")
 
 
@@ -61,7 +62,7 @@ def share_maxima(graph: torch.fx.Graph) -> None:
     """
     first: dict[tuple, torch.fx.Node] = {}
     for node in list(graph.nodes):
-        if node.target in (aten.view.default, aten.t.default, aten.abs.default, aten.amax.default, aten.max.default):
+        if node.target in (*ALIASES, aten.abs.default, aten.amax.default, aten.max.default):
             same = first.setdefault((node.target, node.args, tuple(node.kwargs.items())), node)
             if same is not node:
                 node.replace_all_uses_with(same)
