@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -14,7 +14,8 @@ DESCRIPTION = """Train a language model. Every flag has a default: `python -m ft
 Other commands, each with its own --help: `check` holds a sharding plan to its invariants;
 `export` writes a checkpoint's model as a plain Hugging Face directory.
 
---config FILE takes the defaults of all flags from a run's run.json: the same run again."""
+--config FILE takes the defaults of all flags from a run's run.json; with another --out, the same run again.
+FTRAIN_TRACEBACK=1 in the environment shows where an error comes from."""
 
 
 def train(argv: Sequence[str]) -> int:
@@ -56,8 +57,8 @@ def export(argv: Sequence[str]) -> int:
     """Write a checkpoint's model for others."""
 
     def export(
-        source: tyro.conf.Positional[str],
-        dest: tyro.conf.Positional[str],
+        source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")],
+        dest: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DEST")],
         dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     ) -> None:
         """Write a checkpoint's model as a Hugging Face directory, without the optimizer's state.

@@ -229,7 +229,10 @@ def parallel_ops(ops: Ops, sharding: Sharding, policy: str, grouped_mm: Callable
                 gathered = gather_group(buckets, dict(zip(names, shards)))
                 return block({name[len(key) + 1 :]: t for name, t in gathered.items()}, x, layer)
 
-            x, y = remat(run, policy)(x, *(p.shards[name] for name in names))
+            out = remat(run, policy)(x, *(p.shards[name] for name in names))
+            if not isinstance(out, tuple) or len(out) != 2:
+                raise TypeError(f"the block of {key} must return (x, y), not {type(out).__name__}; y may be None")
+            x, y = out
             ys.append(y)
         return x, ys
 

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import pkgutil
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,7 +57,11 @@ def ask(plan: Plan, specs: Specs, mesh: Mesh) -> Placements:
         try:
             answer = plan(name, spec.shape, mesh)
         except Exception as error:
-            raise ValueError(f"the plan fails for {name} {spec.shape}: {type(error).__name__}: {error}") from error
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(frame.filename).name}:{frame.lineno}"
+            raise ValueError(
+                f"the plan fails for {name} {spec.shape}: {type(error).__name__}: {error} ({where})"
+            ) from error
         answers[name] = check_placements(name, spec.shape, answer, len(mesh))
     return answers
 

@@ -66,6 +66,16 @@ def open_records(cfg: TrainConfig, resumed: int | None, warn: Callable[[str], No
     return Records(out / METRICS, [sink for sink in sinks if sink])
 
 
+def changes(cfg: TrainConfig) -> list[str]:
+    """Where `cfg` differs from the configuration that cfg.out was last run with, as `name old -> new`."""
+    try:
+        before = json.loads((Path(cfg.out) / CONFIG).read_text())
+    except (OSError, ValueError):
+        return []
+    now = json.loads(to_json(cfg))
+    return [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
+
+
 def read(path: Path) -> list[dict]:
     """The objects of a metrics.jsonl; a last line torn by a crash is left out.
     Raises ValueError, naming the file and the line, for any other that is no JSON object with a step."""

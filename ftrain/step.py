@@ -66,7 +66,11 @@ def gradients(
         objective = objective + recipe.router_aux * parts["router_aux_loss"]
         objective = objective + recipe.router_z * parts["router_z_loss"]
     names = list(leaves)
-    grads = torch.autograd.grad(objective, [leaves[name] for name in names])
+    grads = torch.autograd.grad(objective, [leaves[name] for name in names], allow_unused=True)
+    unused = [name for name, grad in zip(names, grads) if grad is None]
+    if unused:
+        more = f" and {len(unused) - 3} more" * (len(unused) > 3)
+        raise ValueError(f"the loss does not depend on {', '.join(unused[:3])}{more}, which the model declares")
     return dict(zip(names, grads)), {name: t.detach() for name, t in parts.items()}, routed
 
 

@@ -129,6 +129,9 @@ def _start(
     elif cfg.resume == "auto" and not cfg.overwrite and checkpoint.latest(cfg.out):
         state, meta, directory = checkpoint.resume(cfg.out, specs, placements, mesh, warn=con.warn)
         con.info(f"resuming from {directory}")
+        changed = records.changes(cfg)
+        if changed:
+            con.info(f"other than when it was last started: {', '.join(changed)}")
     elif weights:
         return init_from(weights, job.model, placements, mesh), 0, None
     else:
@@ -190,7 +193,10 @@ def _loop(
     """The steps from the state's to cfg.steps, with their measurements and checkpoints."""
     first = int(state.step)
     if first >= cfg.steps:
-        con.info(f"nothing to do: the run is at step {first} of --steps {cfg.steps}")
+        con.info(
+            f"nothing to do: the run in {cfg.out} is at step {first} of --steps {cfg.steps}; "
+            "give more --steps, or --overwrite or another --out for a new run"
+        )
         return
     train_step = make_train_step(
         job.model.forward, job.model.specs, job.sharding, job.ops, _recipe(cfg, job.model), cfg.compile, cfg.accumulate

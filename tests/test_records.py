@@ -1,5 +1,6 @@
 """The console and the run directory's records."""
 
+import dataclasses
 import io
 import json
 import time
@@ -7,7 +8,7 @@ import time
 import pytest
 
 from ftrain import console, records
-from ftrain.config import TrainConfig, load
+from ftrain.config import TrainConfig, load, to_json
 
 
 def plain(**changes) -> console.Console:
@@ -210,3 +211,12 @@ def test_full_disk_names_the_file(tmp_path):
     r._file = open("/dev/full", "w")
     with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written: No space left on device"):
         r.log(1, loss=1.0)
+
+
+def test_changes_since_the_last_start(tmp_path):
+    before = TrainConfig(out=str(tmp_path), lr=1e-3)
+    assert records.changes(before) == []
+    (tmp_path / "run.json").write_text(to_json(before))
+    assert records.changes(before) == []
+    after = dataclasses.replace(before, lr=0.1, schedule="constant")
+    assert records.changes(after) == ["lr 0.001 -> 0.1", "schedule cosine -> constant"]

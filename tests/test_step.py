@@ -17,6 +17,7 @@ from ftrain.optim import AdamW, Schedule, update_
 from ftrain.plan import find_plan, plan_names
 from ftrain.ranks import run_ranks
 from ftrain.remat import POLICIES
+from ftrain.specs import ParamSpec, ones
 from ftrain.state import make_state
 from ftrain.step import make_eval_step, make_gradients, make_train_step
 
@@ -378,3 +379,10 @@ def test_one_gradient_for_two_parameters_is_scaled_once():
     for name in "ab":
         torch.testing.assert_close(mu[name], 0.1 * torch.tensor([3.0, 4.0]) * 0.5 / norm, rtol=1e-5, atol=0)
     assert torch.equal(params["a"], params["b"])
+
+
+def test_a_parameter_without_effect_is_named(one_rank):
+    spare = {"model.spare.weight": ParamSpec((3,), ones)}
+    job, state, step = started(model=replace(MODEL, specs=MODEL.specs | spare))
+    with pytest.raises(ValueError, match="the loss does not depend on model.spare.weight, which the model declares"):
+        step(state, job.microbatches(batches(1)[0]))
