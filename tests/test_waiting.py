@@ -1,4 +1,4 @@
-"""A rank that waits for another's long work outlives the time that collectives have."""
+"""Ranks that prepare the data together: who waits outlives the time that collectives have, and all have the same."""
 
 import time
 from datetime import timedelta
@@ -10,22 +10,32 @@ import torch.distributed as dist
 
 from ftrain import train
 
+CONFIG, MODEL = SimpleNamespace(data=None, seq_len=8), SimpleNamespace(cfg=SimpleNamespace(vocab=9))
 
-def waiting_rank(rank, folder):
+
+def prepare_on(rank, folder, digests, seconds):
     """The first rank tokenises for longer than any other collective may take."""
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=2))
 
     def prepare(*args):
-        time.sleep(0 if rank else 4)
-        return "data"
+        time.sleep(0 if rank else seconds)
+        return SimpleNamespace(digest=digests[rank])
 
     train.prepare = prepare
-    cfg, model = SimpleNamespace(data=None, seq_len=8), SimpleNamespace(cfg=SimpleNamespace(vocab=9))
-    assert train._prepare_on_one(cfg, None, model, rank) == "data"
+    try:
+        data = train._prepare_on_one(CONFIG, None, MODEL, rank)
+        assert digests[0] == digests[1] == data.digest
+    except ValueError as error:
+        assert digests[0] != digests[1] and "the ranks read different text" in str(error)
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_tokenising_may_take_long(tmp_path):
-    torch.multiprocessing.spawn(waiting_rank, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.spawn(prepare_on, (str(tmp_path), ("ab" * 16, "ab" * 16), 4), nprocs=2)
+
+
+@pytest.mark.slow
+def test_ranks_with_different_text_are_told(tmp_path):
+    torch.multiprocessing.spawn(prepare_on, (str(tmp_path), ("ab" * 16, "cd" * 16), 0), nprocs=2)
