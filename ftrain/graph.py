@@ -8,6 +8,7 @@ compiler sees that flat graph, takes it as a whole or refuses, and updates buffe
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -43,6 +44,7 @@ def one_graph(fn: Callable, mode: str) -> Callable:
             with torch.compiler._non_strict_tracing_context():
                 graph = make_fx(flat_fn, tracing_mode="fake")(*flat)
             share_maxima(graph.graph)
+            add_in_order(graph.graph)
             graph.recompile()
             compiled[key] = torch.compile(graph, backend=mode, fullgraph=True, dynamic=False), result[0]
         call, spec = compiled[key]
@@ -67,3 +69,21 @@ def share_maxima(graph: torch.fx.Graph) -> None:
             if same is not node:
                 node.replace_all_uses_with(same)
                 graph.erase_node(node)
+
+
+def add_in_order(graph: torch.fx.Graph) -> None:
+    """Leave the embedding's gradient to torch's own kernel: inductor's adds atomically, no two runs alike."""
+    for node in graph.nodes:
+        if node.target is aten.embedding_dense_backward.default:
+            node.target = torch.ops.ftrain.embedding_gradient.default
+
+
+@torch.library.custom_op("ftrain::embedding_gradient", mutates_args=())
+def embedding_gradient(grad: Tensor, ids: Tensor, rows: int, padding: int, scale: bool) -> Tensor:
+    """aten.embedding_dense_backward, which adds in a fixed order."""
+    return aten.embedding_dense_backward(grad, ids, rows, padding, scale)
+
+
+@embedding_gradient.register_fake
+def _(grad, ids, rows, padding, scale):
+    return grad.new_empty(rows, grad.shape[-1])

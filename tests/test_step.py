@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftrain.equivalence import RECIPE, Run, differences, random_batch, run_mesh, run_plain, run_rank, shrink, values
+from ftrain.graph import one_graph
 from ftrain.job import make_job
 from ftrain.mesh import Mesh
 from ftrain.model import find_model
@@ -386,3 +387,24 @@ def test_a_parameter_without_effect_is_named(one_rank):
     job, state, step = started(model=replace(MODEL, specs=MODEL.specs | spare))
     with pytest.raises(ValueError, match="the loss does not depend on model.spare.weight, which the model declares"):
         step(state, job.microbatches(batches(1)[0]))
+
+
+@pytest.mark.slow
+def test_gradients_of_a_table_are_the_same_bits_each_time():
+    """Many tokens share a row of the embedding: added by several threads as they come, no two runs would agree."""
+    torch.manual_seed(0)
+    table, ids, weight = torch.randn(7, 64), torch.randint(0, 7, (4096,)), torch.randn(4096, 64)
+
+    def gradient(table, ids, weight):
+        leaf = table.detach().requires_grad_()
+        return torch.autograd.grad((torch.nn.functional.embedding(ids, leaf) * weight).sum(), [leaf])
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        compiled = one_graph(gradient, "inductor")
+        seen = [compiled(table, ids, weight)[0] for _ in range(20)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(grad, seen[0]) for grad in seen)
+    torch.testing.assert_close(seen[0], gradient(table, ids, weight)[0], rtol=1e-4, atol=1e-4)
