@@ -130,7 +130,7 @@ def make_train_step(
     def train_step(state: State, batches: Sequence[Mapping[str, Tensor]]):
         if len(batches) != accumulate:
             raise ValueError(f"the step was made for {accumulate} microbatches, but was given {len(batches)}")
-        params = local(state.params)
+        params, mu, nu = local(state.params), local(state.mu), local(state.nu)
         if accumulate > 1 and not buffers:
             buffers.update({name: torch.zeros_like(p) for name, p in params.items()})
         totals = {"valid": counts(batches)}
@@ -141,7 +141,7 @@ def make_train_step(
         seen = []
         for i, batch in enumerate(batches):
             last = torch.tensor(i == accumulate - 1, device=state.step.device)
-            seen.append(run(params, local(state.mu), local(state.nu), buffers, state.step, dict(batch), totals, last))
+            seen.append(run(params, mu, nu, buffers, state.step, dict(batch), totals, last))
         metrics = dict(seen[-1])
         for name in ("loss", "router_aux_loss", "router_z_loss"):
             if name in metrics:

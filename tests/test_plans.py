@@ -19,12 +19,7 @@ from ftrain.plan import ask, find_plan, plan_names
 PAIRS = [(plan, family) for plan in plan_names() for family in families()]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(family="qwen3_moe", **other):

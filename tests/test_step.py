@@ -27,12 +27,7 @@ MODEL = find_model(SMALL)
 ONE_LAYER = find_model(SMALL | {"num_hidden_layers": 1})  # where it is compiled, and a layer does
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
