@@ -12,16 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attention_mask(segment_ids: Tensor, window: int | None = None) -> Tensor:
-    """segment_ids [B, S] -> bool [B, 1, S, S], true where query (row) may look at key (column): causal,
-    within one segment, at most `window` tokens back (itself counted)."""
+def attention_mask(segment_ids: Tensor, window: int | None = None, causal: bool = True) -> Tensor:
+    """segment_ids [B, S] -> bool [B, 1, S, S], true where query (row) may look at key (column): within one segment
+    and, unless not `causal`, not ahead and at most `window` tokens back (itself counted)."""
+    if not causal:
+        return same_segment(segment_ids)
     S = segment_ids.shape[1]
     at = torch.arange(S, device=segment_ids.device)
     back = at[:, None] - at[None, :]
     allowed = back >= 0
     if window is not None:
         allowed = allowed & (back < window)
-    return (segment_ids[:, None, :, None] == segment_ids[:, None, None, :]) & allowed
+    return same_segment(segment_ids) & allowed
+
+
+def same_segment(segment_ids: Tensor, of_keys: Tensor | None = None) -> Tensor:
+    """segment_ids [B, S], of_keys [B, L] (by default the same) -> bool [B, 1, S, L], true within one segment."""
+    of_keys = segment_ids if of_keys is None else of_keys
+    return segment_ids[:, None, :, None] == of_keys[:, None, None, :]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
@@ -33,39 +41,53 @@ def attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
 
 class Packed(NamedTuple):
     """Documents of a batch read as one row of B*S tokens: where each starts and the last ends
-    (int32 [documents + 1]), the length that none exceeds, and the window."""
+    (int32 [documents + 1]), the length that none exceeds, the window, and whether a token sees only those before."""
 
     bounds: Tensor
     longest: int
     window: int | None
+    causal: bool
 
 
-def packed_mask(segment_ids: Tensor, window: int | None = None) -> Packed:
-    """segment_ids [B, S] -> Packed. A row always starts a document; padding counts as one."""
+def packed_mask(segment_ids: Tensor, window: int | None = None, causal: bool = True) -> Packed:
+    """segment_ids [B, S], equal ones in one run -> Packed. A row always starts a document; padding counts as one."""
     B, S = segment_ids.shape
     starts = F.pad(segment_ids.diff(dim=1) != 0, (1, 0), value=True)
     first = starts.flatten().nonzero()[:, 0]
-    return Packed(torch.cat([first, first.new_tensor([B * S])]).to(torch.int32), S, window)
+    return Packed(torch.cat([first, first.new_tensor([B * S])]).to(torch.int32), S, window, causal)
+
+
+def packed_segments(segment_ids: Tensor, of_keys: Tensor | None = None) -> Packed | Tensor:
+    """`same_segment` as Packed; queries and keys of different lengths are left to SDPA."""
+    return packed_mask(segment_ids, causal=False) if of_keys is None else same_segment(segment_ids, of_keys)
 
 
 def packed_attention(varlen: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`attention` by a kernel with the signature of flash_attn.flash_attn_varlen_func (arXiv 2307.08691)."""
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Packed) -> Tensor:
+    def of_packed(q: Tensor, k: Tensor, v: Tensor, mask: Packed | Tensor) -> Tensor:
+        if isinstance(mask, Tensor):
+            return attention(q, k, v, mask)
         window = (-1, -1) if mask.window is None else (mask.window - 1, 0)
         out = varlen(
             *(t.flatten(0, 1) for t in (q, k, v)), mask.bounds, mask.bounds, mask.longest, mask.longest,
-            causal=True, window_size=window,
+            causal=mask.causal, window_size=window,
         )  # fmt: skip
         return out.view(q.shape)
 
-    return attention
+    return of_packed
 
 
-def attention_for(device_type: str, dtype: torch.dtype) -> tuple[Callable[..., Any], Callable[..., Tensor]]:
-    """(mask, attention) for a device and a compute dtype: flash-attn where it is installed and can serve."""
+def attention_for(device_type: str, dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
+    """The ops `mask`, `local_mask`, `attention` and `local_attention` for a device and a compute dtype: flash-attn
+    where it is installed and can serve."""
     if device_type == "cuda" and dtype != torch.float32 and importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_varlen_func
 
-        return packed_mask, packed_attention(flash_attn_varlen_func)
-    return attention_mask, attention
+        packed = packed_attention(flash_attn_varlen_func)
+        return {
+            "mask": packed_mask, "local_mask": packed_segments, "attention": packed, "local_attention": packed,
+        }  # fmt: skip
+    return {
+        "mask": attention_mask, "local_mask": same_segment, "attention": attention, "local_attention": attention,
+    }  # fmt: skip

@@ -4,7 +4,8 @@ import importlib
 import os
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from . import models
 from .config import did_you_mean
 from .disk import instead_of, read_json
+from .items import Item, on_one_device
+from .loss import IGNORE
 from .ops import Output, fill_batch, plain
 from .specs import Specs
 
@@ -20,16 +23,31 @@ from .specs import Specs
 @dataclass(frozen=True)
 class Model:
     """family: the config's `model_type`; hf: the config as read; cfg: as the family reads it;
-    specs: every parameter; forward: (p, batch, ops) -> Output."""
+    specs: every parameter; forward: (p, batch, ops) -> Output.
+
+    prepare: Hugging Face's inputs -> the global batch: tensors [B, S, ...], `row_...` ones [B, ...] and, under
+        "items", the `Item`s of each encoder.
+    blanks: for each encoder, the item that packs are filled up with.
+    targets: a batch -> how many targets each loss has in it, 0-dim int64; a loss is the mean over them.
+    weights: of the losses, where not 1.
+    examples: generator -> random inputs, such as `prepare` takes, one for each kind of sample; None: text alone.
+    """
 
     family: str
     hf: dict
     cfg: Any
     specs: Specs
     forward: Callable[..., Output]
+    prepare: Callable[[Mapping], dict] = fill_batch
+    blanks: Mapping[str, Item] = field(default_factory=dict)
+    targets: Callable[[Mapping], dict[str, Tensor]] = lambda batch: {"loss": (batch["labels"] != IGNORE).sum()}
+    weights: Mapping[str, float] = field(default_factory=dict)
+    examples: Callable[..., list[dict]] | None = None
 
 
 FAMILY = ("PRESETS", "config", "specs", "forward")  # what a family's module has
+# What it may have besides, when it takes or gives more than text: functions whose last argument is the cfg.
+OF_INPUTS, OF_CFG = ("prepare", "targets", "examples"), ("blanks", "weights")
 
 
 def families() -> dict[str, Any]:
@@ -94,7 +112,9 @@ def _from_config(hf: dict) -> Model:
         raise ValueError(f"model_type {family!r} is not supported: supported are {', '.join(sorted(known))}")
     module = known[family]
     cfg = module.config(hf)
-    return Model(family, hf, cfg, module.specs(cfg), lambda p, batch, ops: module.forward(p, batch, cfg, ops))
+    more = {name: partial(getattr(module, name), cfg=cfg) for name in OF_INPUTS if hasattr(module, name)}
+    more |= {name: getattr(module, name)(cfg) for name in OF_CFG if hasattr(module, name)}
+    return Model(family, hf, cfg, module.specs(cfg), lambda p, batch, ops: module.forward(p, batch, cfg, ops), **more)
 
 
 def param_counts(specs: Specs) -> tuple[int, int]:
@@ -103,6 +123,9 @@ def param_counts(specs: Specs) -> tuple[int, int]:
 
 
 def logits(model: Model, params: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
-    """Logits [B, S, V] on one device: batch as in Hugging Face (`input_ids`, `attention_mask`, `position_ids`, ...)."""
-    out = model.forward(params, fill_batch(batch), plain())
+    """Logits [B, S, V] on one device: batch as in Hugging Face (`input_ids`, `attention_mask`, `position_ids`, ...;
+    `pixel_values`, `image_grid_thw`, `input_features`, ... of the models that have a use for them)."""
+    out = model.forward(params, on_one_device(model.prepare(batch), model.blanks), plain())
+    if out.unembedding is None:
+        raise ValueError(f"a model of family {model.family} has no logits")
     return out.hidden @ out.unembedding.T

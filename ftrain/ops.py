@@ -10,13 +10,14 @@ K key/value heads, D head size, E experts.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import attention, attention_mask
+from .attention import attention, attention_mask, same_segment
 from .experts import local_experts
 
 
@@ -25,9 +26,16 @@ class Ops:
     """The functions a model is written with.
 
     linear(x, w, b=None): x [..., in], w [out, in], b [out] -> [..., out].
-    mask(segment_ids, window=None): [B, S] -> what `attention` wants to know about who sees
-        whom: causal, within one segment, and at most `window` tokens back. Make it once.
-    attention(q, k, v, mask): q [B, S, N, D], k and v [B, S, K, D] -> [B, S, N, D].
+    mask(segment_ids, window=None, causal=True): [B, S] -> what `attention` wants to know about who
+        sees whom: within one segment, only back, and at most `window` tokens. Make it once.
+    attention(q, k, v, mask): q [B, S, N, D], k and v [B, S, K, D] -> [B, S, N, D]. The sequence
+        may be spread over ranks: S is this rank's part of it.
+    local_mask(segment_ids, of_keys=None): [B, S], [B, L] -> what `local_attention` wants to know:
+        a query sees all keys of its own segment. Equal numbers stand in one run.
+    local_attention(q, k, v, mask): among what this rank holds and no other: an encoder's items,
+        or queries on a context that every rank of their row has. q [B, S, N, D], k and v [B, L, K, D].
+    place(y, batch, name): y [M, ...], an encoder's outputs -> [B, S, ...]: each at its token
+        (`Item.slots` of the items named `name`), zeros at all others.
     experts(x, weight, index, gate, up, down): each token through its chosen experts, x [T, H],
         weight and index [T, k], gate and up [E, I, H], down [E, H, I] -> [T, H];
         an expert is down(silu(gate x) * up x).
@@ -39,6 +47,9 @@ class Ops:
     linear: Callable[..., Tensor]
     mask: Callable[..., Any]
     attention: Callable[..., Tensor]
+    local_mask: Callable[..., Any]
+    local_attention: Callable[..., Tensor]
+    place: Callable[..., Tensor]
     experts: Callable[..., Tensor]
     scan: Callable[..., tuple[Tensor, list]]
 
@@ -52,12 +63,14 @@ class Router(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a language model's forward returns. Logits are hidden @ unembedding.T: the loss
-    computes them in chunks, so that they never exist at once."""
+    """What a model's forward returns. Logits are hidden @ unembedding.T: the loss computes them
+    in chunks, so that they never exist at once. A model without logits has None for both."""
 
-    hidden: Tensor  # [B, S, H], after the final norm
-    unembedding: Tensor  # [V, H]
+    hidden: Tensor | None = None  # [B, S, H], after the final norm
+    unembedding: Tensor | None = None  # [V, H]
     router: Router | None = None  # stacked over the MoE layers: [L, E], [L, E], [L]
+    # Losses other than the next token's, by name: sums over this rank's targets, which `targets` counts.
+    losses: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def layer_params(p: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -74,11 +87,20 @@ def plain_scan(block, p: Mapping[str, Tensor], prefix: str, n: int, x: Tensor) -
     return x, ys
 
 
+def plain_place(y: Tensor, batch: Mapping[str, Tensor], name: str) -> Tensor:
+    """`Ops.place` with all outputs at hand: `batch["name.source"]` [B, S] is the output that each token takes, or -1."""
+    rows = y.flatten(1)
+    rows = torch.cat([rows.new_zeros(1, rows.shape[1]), rows])
+    # As from a table whose first row is nobody's: the gradient is added in a fixed order.
+    return F.embedding(batch[f"{name}.source"] + 1, rows, padding_idx=0).unflatten(-1, y.shape[1:])
+
+
 def plain() -> Ops:
     """One device, the parameters' own dtype."""
     return Ops(
-        linear=F.linear, mask=attention_mask, attention=attention, experts=local_experts, scan=plain_scan
-    )
+        linear=F.linear, mask=attention_mask, attention=attention, local_mask=same_segment, local_attention=attention,
+        place=plain_place, experts=local_experts, scan=plain_scan,
+    )  # fmt: skip
 
 
 def fill_batch(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ class ParamSpec:
         the experts where they are and sends the tokens to them.
     active: the fraction of the elements that one token is multiplied with
         (top-k/experts for experts, 0 for a table that is only looked up).
+    lr: factor on the learning rate; 0 freezes the parameter: no gradient, no optimizer state, no backward.
     parts: for a parameter stacked along dimension 0, the checkpoint's name of
         each slice; empty when the checkpoint holds the tensor whole, under its own name.
     """
@@ -42,6 +43,7 @@ class ParamSpec:
     decay: bool = True
     experts: bool = False
     active: float = 1.0
+    lr: float = 1.0
     parts: tuple[str, ...] = ()
 
     @property
@@ -53,6 +55,11 @@ class ParamSpec:
 
 
 Specs = Mapping[str, ParamSpec]  # by name
+
+
+def trainable(specs: Specs) -> dict[str, ParamSpec]:
+    """The parameters that are not frozen."""
+    return {name: spec for name, spec in specs.items() if spec.lr}
 
 
 def stored(specs: Specs) -> dict[str, tuple[int, ...]]:

@@ -38,6 +38,8 @@ class DecoderConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    prefix: str = "model"  # of the parameters' names
+    head: str = "lm_head.weight"  # the unembedding's name, where it is not the embedding
 
 
 def decoder_config(hf: Mapping, windows: Callable | None = None, **family) -> DecoderConfig:
@@ -135,15 +137,15 @@ def specs(cfg: DecoderConfig, mlp: Callable | None = None) -> dict[str, ParamSpe
     H = cfg.hidden
     norm = ParamSpec((H,), ones, decay=False)
     table = ParamSpec((cfg.vocab, H), normal(cfg.std), active=1.0 if cfg.tied else 0.0)
-    out = {"model.embed_tokens.weight": table}
+    out = {f"{cfg.prefix}.embed_tokens.weight": table}
     for layer in range(cfg.layers):
-        at = f"model.layers.{layer}"
+        at = f"{cfg.prefix}.layers.{layer}"
         out |= attention_specs(cfg, f"{at}.self_attn")
         out |= mlp(layer, f"{at}.mlp") if mlp else swiglu_specs(cfg, f"{at}.mlp")
         out |= {f"{at}.input_layernorm.weight": norm, f"{at}.post_attention_layernorm.weight": norm}
-    out["model.norm.weight"] = norm
+    out[f"{cfg.prefix}.norm.weight"] = norm
     if not cfg.tied:
-        out["lm_head.weight"] = ParamSpec((cfg.vocab, H), normal(cfg.std))
+        out[cfg.head] = ParamSpec((cfg.vocab, H), normal(cfg.std))
     return out
 
 
@@ -177,14 +179,24 @@ def swiglu(q: Mapping[str, Tensor], x: Tensor, ops: Ops) -> Tensor:
     return project(q, "mlp.down_proj", inner, ops)
 
 
+def embed(p: Mapping[str, Tensor], batch: Mapping[str, Tensor], cfg: DecoderConfig) -> Tensor:
+    """The layers' input [B, S, H]: each token's row of the table, or its row of `batch["embeddings"]` [B, S, H] where
+    `batch["placed"]` [B, S] says so."""
+    x = F.embedding(batch["input_ids"], p[f"{cfg.prefix}.embed_tokens.weight"], padding_idx=cfg.padding)
+    if "embeddings" not in batch:
+        return x
+    return torch.where(batch["placed"][..., None], batch["embeddings"].to(x.dtype), x)
+
+
 def forward(p: Mapping[str, Tensor], batch: Mapping[str, Tensor], cfg: DecoderConfig, ops: Ops, mlp=None) -> Output:
-    """A decoder: p by name, batch with input_ids, position_ids and segment_ids, all [B, S].
+    """A decoder: p by name, batch with input_ids, position_ids (or, with axes, [B, S, axes]) and segment_ids, all [B, S].
 
     mlp: (q, x, layer) -> (y, Router or None), for families whose MLP is not the dense one.
-    `batch["max_position"]`, 0-dim, may give the largest position of a batch of which this is a part.
+    The batch may also have `embeddings` and `placed` (see `embed`), `deep` [levels, B, S, H], which is added to
+    what the first `levels` layers give (deepstack, arXiv 2406.04334), and `max_position`, 0-dim, the largest
+    position of a batch of which this is a part.
     """
-    table = p["model.embed_tokens.weight"]
-    x = F.embedding(batch["input_ids"], table, padding_idx=cfg.padding)
+    x, deep = embed(p, batch, cfg), batch.get("deep", ())
     cos, sin = rope_tables(cfg.rope, batch["position_ids"], x.dtype, batch.get("max_position"))
     turn = partial(rotate, cos=cos, sin=sin)
     masks = {window: ops.mask(batch["segment_ids"], window) for window in dict.fromkeys(cfg.windows)}
@@ -194,12 +206,13 @@ def forward(p: Mapping[str, Tensor], batch: Mapping[str, Tensor], cfg: DecoderCo
         x = x + attention(q, y, turn, masks[cfg.windows[layer]], cfg, ops)
         y = rms_norm(x, q["post_attention_layernorm.weight"], cfg.eps)
         y, router = mlp(q, y, layer) if mlp else (swiglu(q, y, ops), None)
-        return x + y, router
+        x = x + y
+        return (x + deep[layer] if layer < len(deep) else x), router
 
-    x, routers = ops.scan(block, p, "model.layers", cfg.layers, x)
+    x, routers = ops.scan(block, p, f"{cfg.prefix}.layers", cfg.layers, x)
     routers = [router for router in routers if router is not None]
     return Output(
-        hidden=rms_norm(x, p["model.norm.weight"], cfg.eps),
-        unembedding=table if cfg.tied else p["lm_head.weight"],
+        hidden=rms_norm(x, p[f"{cfg.prefix}.norm.weight"], cfg.eps),
+        unembedding=p[f"{cfg.prefix}.embed_tokens.weight" if cfg.tied else cfg.head],
         router=Router(*map(torch.stack, zip(*routers))) if routers else None,
     )

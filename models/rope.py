@@ -18,13 +18,16 @@ from .fields import MISSING, flag, number, read, refuse, size
 
 @dataclass(frozen=True)
 class Rope:
-    """type: a key of VARIANTS; options: what this variant reads beside theta, by the config's names."""
+    """type: a key of VARIANTS; options: what this variant reads beside theta, by the config's names.
+    axes: where positions have several coordinates (time, height, width), the one that turns each of the D/2 pairs
+    (multimodal rope, arXiv 2409.12191)."""
 
     type: str
     theta: float
     head_dim: int
     max_positions: int
     options: Mapping[str, Any]
+    axes: tuple[int, ...] = ()
 
     @property
     def by_length(self) -> bool:
@@ -142,6 +145,8 @@ def rope_config(hf: Mapping, head_dim: int, max_positions: int) -> Rope:
     if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
         refuse("rope_parameters", given, "one flat set of options for all layers")
     kind = read(given, "rope_type", given.get("type") or "default")
+    if kind == "mrope":  # the older name of the default with sections
+        kind = "default"
     if not isinstance(kind, str) or kind not in VARIANTS:
         refuse("rope_type", kind, f"one of {', '.join(VARIANTS)}")
     outside = {"original_max_position_embeddings": max_positions, **hf}
@@ -157,7 +162,24 @@ def rope_config(hf: Mapping, head_dim: int, max_positions: int) -> Rope:
         refuse("head_dim", head_dim, "more than 2 with rope_type 'dynamic'")
     if kind == "llama3" and options["high_freq_factor"] <= options["low_freq_factor"]:
         refuse("high_freq_factor", options["high_freq_factor"], "greater than low_freq_factor")
-    return Rope(kind, number(given, "rope_theta", 10_000.0), head_dim, max_positions, options)
+    return Rope(kind, number(given, "rope_theta", 10_000.0), head_dim, max_positions, options, _axes(given, head_dim))
+
+
+def _axes(given: Mapping, head_dim: int) -> tuple[int, ...]:
+    """`mrope_section`: how many pairs each axis turns, one axis after the other or (`mrope_interleaved`) in turns."""
+    sections = given.get("mrope_section")
+    if sections is None:
+        return ()
+    whole = isinstance(sections, (list, tuple)) and all(type(n) is int and n >= 0 for n in sections)
+    if not whole or sum(sections) != head_dim // 2:
+        refuse("mrope_section", sections, f"a list of whole numbers that sum to head_dim / 2 = {head_dim // 2}")
+    if not flag(given, "mrope_interleaved", False):
+        return tuple(axis for axis, n in enumerate(sections) for _ in range(n))
+    axes = [0] * (head_dim // 2)
+    for axis, n in enumerate(sections[1:], 1):
+        for pair in range(axis, min(axis + len(sections) * n, len(axes)), len(sections)):
+            axes[pair] = axis
+    return tuple(axes)
 
 
 def _option(given: Mapping, key: str, default: Any, head_dim: int) -> Any:
@@ -175,14 +197,15 @@ def _option(given: Mapping, key: str, default: Any, head_dim: int) -> Any:
 
 
 def rope_tables(rope: Rope, positions: Tensor, dtype: torch.dtype, last: Tensor | None = None):
-    """cos and sin, both [B, S, 1, D/2], of each token's angles: positions [B, S].
+    """cos and sin, both [B, S, 1, D/2], of each token's angles: positions [B, S], or [B, S, axes].
 
     last: the largest position of the whole batch, where `positions` is only a part of it;
         used by the variants that are `by_length`.
     """
     length = (positions.max() if last is None else last) + 1 if rope.by_length else None
     freq, scale = VARIANTS[rope.type][0](rope, length, positions.device)
-    angles = positions[..., None, None].float() * freq
+    turned_by = positions[..., rope.axes] if positions.ndim == 3 else positions[..., None]
+    angles = turned_by[..., None, :].float() * freq
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 

@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from ftrain.model import families
+from ftrain.model import families, logits
 
 
 def first_preset(family: str) -> dict:
@@ -48,3 +48,37 @@ def weights(model) -> dict[str, torch.Tensor]:
 def gradients(model) -> dict[str, torch.Tensor]:
     """Of the parameters that have one."""
     return our_names({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor, floor: float = 0.0) -> float:
+    """The largest difference, relative to the largest element of `theirs` (or to `floor`, where that is larger)."""
+    assert ours.shape == theirs.shape, f"{tuple(ours.shape)} is not {tuple(theirs.shape)}"
+    return float((ours - theirs).abs().max() / max(float(theirs.abs().max()), floor, 1e-30))
+
+
+def parity(model, theirs, inputs: dict, rename=our_names, tolerance: float = 3e-5, **extra) -> tuple[float, float]:
+    """Hold our logits and every gradient to the twin's, on a random cotangent: -> the largest error of each.
+
+    inputs: as from the processor, what both are given. extra: what only the twin is given.
+    rename: the twin's named parameters (or their gradients) -> under our names, in our layout.
+    """
+    params = {n: t.detach().clone().requires_grad_() for n, t in rename(dict(theirs.named_parameters())).items()}
+    assert {n: tuple(t.shape) for n, t in params.items()} == {n: spec.shape for n, spec in model.specs.items()}
+    ours, expected = logits(model, params, inputs), theirs(**inputs, **extra, use_cache=False).logits
+    seen = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones(ours.shape[:2]).bool()
+    cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)) * seen[..., None]
+    theirs.zero_grad()
+    (expected * cotangent).sum().backward()
+    (ours * cotangent).sum().backward()
+    of_logits = relative(ours[seen], expected[seen])
+    assert of_logits <= tolerance, f"logits are off by {of_logits}"
+    found = {n: p.grad for n, p in theirs.named_parameters()}
+    found = rename({n: torch.zeros_like(p) if found[n] is None else found[n] for n, p in theirs.named_parameters()})
+    floor = 0.1 * float(torch.stack([g.abs().max() for g in found.values()]).median())
+    worst = 0.0
+    for name, grad in found.items():
+        mine = params[name].grad
+        error = relative(torch.zeros_like(grad) if mine is None else mine, grad, floor)
+        assert error <= tolerance, f"the gradient of {name} is off by {error}"
+        worst = max(worst, error)
+    return of_logits, worst

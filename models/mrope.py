@@ -1,0 +1,25 @@
+"""Positions of multimodal rope (arXiv 2409.12191): text counts along all axes alike, a piece of another modality
+spreads over them, and what follows goes on after the largest coordinate so far."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def grid(t: int, h: int, w: int, step: float = 1) -> Tensor:
+    """The coordinates [t*h*w, 3] of a grid of tokens, time slowest; `step` apart in time, rounded down."""
+    axes = torch.meshgrid(torch.arange(t) * step, torch.arange(h), torch.arange(w), indexing="ij")
+    return torch.stack([axis.flatten().long() for axis in axes], -1)
+
+
+def coordinates(pieces: Iterable[int | Tensor]) -> Tensor:
+    """Pieces of a row in their order -> [S, 3] int64. A piece is so many tokens of text, or coordinates [n, 3]
+    counted from the piece's start."""
+    start, out = 0, []
+    for piece in pieces:
+        own = torch.arange(piece)[:, None].expand(-1, 3) if isinstance(piece, int) else piece
+        if len(own):
+            out.append(own + start)
+            start = int(out[-1].max()) + 1
+    return torch.cat(out) if out else torch.zeros(0, 3, dtype=torch.long)
