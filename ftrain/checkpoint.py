@@ -35,7 +35,7 @@ from .layout import Placements
 from .model import Model
 from .pretrained import FILE_BYTES, hf_config
 from .safetensors_io import Layout, make_header, make_index, read_values, write_file
-from .specs import ParamSpec, Specs, stored
+from .specs import ParamSpec, Specs, stored, trainable
 from .state import State, gather_to, make_state, own_slices
 
 _KINDS = ("model", "mu", "nu")
@@ -95,7 +95,7 @@ class File(NamedTuple):
 
 def kinds(specs: Specs) -> dict[str, dict[str, ParamSpec]]:
     """What a checkpoint holds: the parameters in Hugging Face's names, the moments in our own, experts stacked."""
-    stacked = {name: replace(spec, parts=()) for name, spec in specs.items()}
+    stacked = {name: replace(spec, parts=()) for name, spec in trainable(specs).items()}
     return {"model": dict(specs), "mu": stacked, "nu": stacked}
 
 

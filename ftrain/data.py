@@ -7,7 +7,7 @@ for every mesh and world size, and all that a resumed run needs to go on where i
 import functools
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from .cache import cache_root, cached, content_hash
 from .corpus import find_corpus, read_documents, split
+from .items import Item
 from .tokenizer import eos_ids, has_tokenizer, tokenizer_for, vocab_size
 
 Batch = dict[str, torch.Tensor]
@@ -200,19 +201,70 @@ def heldout_batches(dataset: Dataset, batch_size: int, limit: int | None = None)
 def local_batch(
     batch: Batch, batch_rank: int, batch_ranks: int, sp_rank: int, sp: int, accumulate: int = 1
 ) -> list[Batch]:
-    """This rank's part of a global batch [B, S]: `accumulate` microbatches, the same shape on every rank.
+    """This rank's part of a global batch: `accumulate` microbatches, the same shape on every rank.
 
+    Tensors are [B, S, ...], or [B, ...] where their name begins with `row_`: those every sp rank has whole.
     Empty rows fill B up to a multiple of batch_ranks * accumulate, padding tokens fill S up to
     a multiple of sp. Microbatch m of all ranks together is a contiguous run of rows, batch rank
     r has the r-th part of it, and sp rank s the s-th part of the columns.
     """
-    B, S = batch["input_ids"].shape
+    B, S = batch["segment_ids"].shape
     b, s = -(-B // (batch_ranks * accumulate)), -(-S // sp)
-    more = (0, s * sp - S, 0, b * batch_ranks * accumulate - B)
-    whole = {n: torch.nn.functional.pad(t, more, value=PADDING[n]) for n, t in batch.items()}
+    rows, columns = b * batch_ranks * accumulate, slice(sp_rank * s, (sp_rank + 1) * s)
     first = [(m * batch_ranks + batch_rank) * b for m in range(accumulate)]
-    columns = slice(sp_rank * s, (sp_rank + 1) * s)
-    return [{n: t[f : f + b, columns].contiguous() for n, t in whole.items()} for f in first]
+    parts: list[Batch] = [{} for _ in first]
+    for name, t in batch.items():
+        by_row = name.startswith("row_")
+        whole = padded(name, t, rows, None if by_row else s * sp)
+        for part, f in zip(parts, first, strict=True):
+            part[name] = (whole[f : f + b] if by_row else whole[f : f + b, columns]).contiguous()
+    return parts
+
+
+def collate(batches: Sequence[Mapping], seq_len: int | None = None) -> dict:
+    """Batches of any number of rows as one, filled up to the longest (or to seq_len): tensors, and items.
+
+    Positions of text alone join those with several coordinates as equal ones.
+    Raises ValueError for a row longer than seq_len.
+    """
+    lengths = [batch["segment_ids"].shape[1] for batch in batches]
+    S = seq_len or max(lengths)
+    if max(lengths) > S:
+        raise ValueError(f"a sample has {max(lengths)} tokens, but a row has {S}: give a larger --seq-len")
+    axes = max((batch["position_ids"].shape[2] for batch in batches if batch["position_ids"].ndim == 3), default=0)
+    names = dict.fromkeys(name for batch in batches for name in batch if name != "items")
+    columns: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    items: dict[str, list[Item]] = {}
+    first = 0
+    for batch, length in zip(batches, lengths, strict=True):
+        rows = batch["segment_ids"].shape[0]
+        for name, joined in columns.items():
+            if name not in batch:
+                like = next(other[name] for other in batches if name in other)
+                t = padded(name, like[:0, :0] if not name.startswith("row_") else like[:0], rows, 0)
+            else:
+                t = batch[name]
+            if name == "position_ids" and axes and t.ndim == 2:
+                t = t[..., None].expand(-1, -1, axes)
+            joined.append(t if name.startswith("row_") else padded(name, t, rows, S))
+        for name, of_encoder in batch.get("items", {}).items():
+            items.setdefault(name, []).extend(_moved(item, length, S, first) for item in of_encoder)
+        first += rows
+    return {name: torch.cat(joined) for name, joined in columns.items()} | ({"items": items} if items else {})
+
+
+def _moved(item: Item, was: int, seq_len: int, rows: int) -> Item:
+    """The item, in rows of another length and so many rows further down."""
+    slots = torch.where(item.slots < 0, -1, (item.slots // was + rows) * seq_len + item.slots % was)
+    return item._replace(slots=slots)
+
+
+def padded(name: str, t: torch.Tensor, rows: int, columns: int | None = None) -> torch.Tensor:
+    """A batch's tensor filled up to so many rows, and columns, with what its name says is padding."""
+    more = [0, 0] * (t.ndim - 1 if columns is None else t.ndim - 2)
+    more += ([0, columns - t.shape[1]] if columns is not None else []) + [0, rows - t.shape[0]]
+    value = PADDING["labels"] if name.endswith(".labels") else PADDING.get(name, 0)
+    return torch.nn.functional.pad(t, more, value=value)
 
 
 def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:

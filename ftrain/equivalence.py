@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .data import collate
+from .items import on_one_device
 from .job import Job, make_job
 from .mesh import Mesh
 from .model import Model
@@ -23,9 +25,9 @@ from .ops import Output, plain
 from .optim import AdamW, Schedule
 from .plan import Plan
 from .ranks import run_ranks
-from .specs import ParamSpec, normal
+from .specs import ParamSpec, normal, trainable
 from .state import State, initial, make_state, own_slices, whole
-from .step import Recipe, make_gradients, make_train_step
+from .step import Recipe, make_gradients, make_train_step, metric
 
 Batch = Mapping[str, Tensor]
 
@@ -103,6 +105,23 @@ def random_batch(vocab: int, rows: int, length: int, seed: int, packed: bool = T
     }
 
 
+def mixed_batch(model: Model, rows: int, seed: int, kinds: Sequence[int] | None = None) -> dict:
+    """A batch of `rows` random samples of the model's own kinds (or of those numbered `kinds`, in turns), some labels
+    absent."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for row in range(rows):
+        examples = model.examples(generator)
+        drawn = int(torch.randint(len(examples), (), generator=generator))
+        found.append(model.prepare(examples[kinds[row % len(kinds)] if kinds else drawn]))
+    batch = collate(found)
+    if "input_ids" in batch:
+        absent = (torch.rand(batch["input_ids"].shape, generator=generator) < 0.2) | (batch["segment_ids"] < 0)
+        labels = torch.randint(model.cfg.vocab, absent.shape, generator=generator)
+        batch["labels"] = labels.masked_fill(absent, -100)
+    return batch
+
+
 def values(name: str, spec: ParamSpec) -> Tensor:
     """Initial values at which every part of a model matters: no norm at 1, no bias at 0."""
     return initial(name, spec, 0) + initial(f"{name} noise", replace(spec, init=normal(0.2)), 0)
@@ -111,44 +130,51 @@ def values(name: str, spec: ParamSpec) -> Tensor:
 # --- The plain run
 
 
-def plain_losses(out: Output, batch: Batch) -> dict[str, Tensor]:
-    """Cross-entropy, and the router's losses as the papers write them, from one forward over all tokens."""
-    logits = out.hidden @ out.unembedding.T
-    losses = {"loss": F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())}
+def plain_losses(model: Model, out: Output, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    """-> (losses by their metric's name, the weighted sum of those that are not the router's).
+
+    Cross-entropy, and the router's losses as the papers write them, from one forward over all tokens.
+    """
+    targets = model.targets(batch)
+    losses = {name: loss / targets[name].clamp(min=1) for name, loss in out.losses.items()}
+    if out.unembedding is not None:
+        logits = (out.hidden @ out.unembedding.T).flatten(0, 1)
+        losses["loss"] = F.cross_entropy(logits, batch["labels"].flatten(), reduction="sum") / targets["loss"].clamp(min=1)
+    objective = sum(model.weights.get(name, 1.0) * loss for name, loss in losses.items())
+    losses = {metric(name): loss for name, loss in losses.items()}
     if out.router is not None:
         tokens = (batch["segment_ids"] >= 0).sum()
         share, probability = out.router.counts.mean(0) / tokens, out.router.prob.mean(0) / tokens
         losses["router_aux_loss"] = share.numel() * share.dot(probability)
         losses["router_z_loss"] = out.router.z.mean() / tokens
-    return losses
+    return losses, objective
 
 
 def run_plain(model: Model, batches: Sequence[Batch], recipe: Recipe = RECIPE) -> Run:
     """One step on each batch, on one device."""
-    params = {name: values(name, spec).requires_grad_() for name, spec in model.specs.items()}
-    adam = recipe.adam
+    params = {name: values(name, spec).requires_grad_(spec.lr > 0) for name, spec in model.specs.items()}
+    adam, trained = recipe.adam, {name: params[name] for name in trainable(model.specs)}
     groups = [
-        {"params": [params[n] for n, s in model.specs.items() if s.decay == decay], "weight_decay": weight}
-        for decay, weight in ((True, adam.weight_decay), (False, 0.0))
+        {"params": [params[name]], "weight_decay": adam.weight_decay * model.specs[name].decay} for name in trained
     ]
     optimizer = torch.optim.AdamW(groups, lr=adam.lr, betas=(adam.beta1, adam.beta2), eps=adam.eps)
     gradients = {}
     for step, batch in enumerate(batches):
+        batch = on_one_device(batch, model.blanks)
         out = model.forward(params, batch, plain())
-        losses = plain_losses(out, batch)
-        objective = losses["loss"]
+        losses, objective = plain_losses(model, out, batch)
         if out.router is not None:
             objective = objective + recipe.router_aux * losses["router_aux_loss"]
             objective = objective + recipe.router_z * losses["router_z_loss"]
         optimizer.zero_grad()
         objective.backward()
-        gradients = gradients or {name: p.grad.clone() for name, p in params.items()}
-        norm = torch.nn.utils.clip_grad_norm_(params.values(), adam.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = adam.lr * float(recipe.schedule(torch.tensor(step)))
+        gradients = gradients or {name: p.grad.clone() for name, p in trained.items()}
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), adam.clip)
+        for group, name in zip(optimizer.param_groups, trained, strict=True):
+            group["lr"] = adam.lr * model.specs[name].lr * float(recipe.schedule(torch.tensor(step)))
         optimizer.step()
     metrics = {name: float(loss.detach()) for name, loss in losses.items()} | {"grad_norm": float(norm)}
-    moments = ({n: optimizer.state[p][key] for n, p in params.items()} for key in ("exp_avg", "exp_avg_sq"))
+    moments = ({n: optimizer.state[p][key] for n, p in trained.items()} for key in ("exp_avg", "exp_avg_sq"))
     return Run(metrics, gradients, {n: p.detach() for n, p in params.items()}, *moments, {})
 
 
@@ -193,10 +219,10 @@ def run_rank(
     state = make_state(
         model.specs, job.placements, job.device_mesh, lambda name, spec, slices: values(name, spec)[slices]
     )
-    of_batch = make_gradients(model.forward, job.sharding, job.ops, recipe, mode)(
+    of_batch = make_gradients(model, job.sharding, job.ops, recipe, mode)(
         state, job.microbatches(batches[0])[0]
     )
-    step = make_train_step(model.forward, model.specs, job.sharding, job.ops, recipe, mode, accumulate)
+    step = make_train_step(model, job.sharding, job.ops, recipe, mode, accumulate)
     traffic = Traffic()
     for batch in batches:
         traffic.seen.clear()
@@ -212,7 +238,10 @@ def _check_placed(job: Job, of_batch: Mapping[str, DTensor], state: State) -> No
     moments = {"first moment of": state.mu, "second moment of": state.nu}
     kinds = {"gradient of": of_batch, "parameter": state.params, **moments}
     for kind, tensors in kinds.items():
-        for name, spec in job.model.specs.items():
+        expected = job.model.specs if kind == "parameter" else trainable(job.model.specs)
+        if tensors.keys() != expected.keys():
+            raise Misplaced(f"{kind} {', '.join(tensors.keys() ^ expected.keys())}: there is one too many or too few")
+        for name, spec in expected.items():
             t, wanted = tensors[name], job.placements[name]
             shape = tuple(s.stop - s.start for s in own_slices(spec.shape, wanted, job.device_mesh))
             if tuple(t.placements) != tuple(wanted):
@@ -246,11 +275,11 @@ def deviations(found: Sequence[Run], expected: Run, model: Model) -> list[Differ
     )
     for kind, ours, theirs, scale in kinds:
         # A gradient may be zero but for the rounding of larger ones (of queries, where nobody sees a second token).
-        floor = 0.1 * float(torch.stack([t.abs().max() for t in scale.values()]).median())
+        floor = 0.1 * float(torch.stack([scale[name].abs().max() for name in expected.gradients]).median())
         for name, tensor in theirs.items():
             out.append(_largest(f"{kind} {name}", ours[name], tensor, max(float(scale[name].abs().max()), floor)))
     for name, value in expected.metrics.items():
-        out.append(Difference(name, value, first.metrics[name], abs(first.metrics[name] - value) / abs(value)))
+        out.append(Difference(name, value, first.metrics[name], abs(first.metrics[name] - value) / max(abs(value), 1e-9)))
     for rank, run in enumerate(found):
         for kind in ("gradients", "params", "mu", "nu"):
             for name, tensor in getattr(run, kind).items():

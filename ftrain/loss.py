@@ -26,7 +26,8 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, unembedding: Tensor, labels: Tensor) -> Tensor:
         total = torch.zeros((), device=hidden.device)
-        d_unembedding = torch.zeros(unembedding.shape, device=hidden.device)
+        learns = ctx.needs_input_grad[1]
+        d_unembedding = torch.zeros(unembedding.shape, device=hidden.device) if learns else None
         d_hidden = []
         for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK)):
             loss, logits, lse = _chunk(h, unembedding, y)
@@ -35,7 +36,8 @@ class _CrossEntropy(torch.autograd.Function):
             d_logits = torch.exp(logits - lse[:, None]) - hit.float()
             d_logits = torch.where((y != IGNORE)[:, None], d_logits, 0.0).to(h.dtype)
             d_hidden.append(d_logits @ unembedding)
-            d_unembedding = d_unembedding + d_logits.t() @ h
+            if learns:
+                d_unembedding = d_unembedding + d_logits.t() @ h
         ctx.save_for_backward(torch.cat(d_hidden), d_unembedding)
         ctx.dtype = unembedding.dtype
         return total
@@ -43,7 +45,9 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         d_hidden, d_unembedding = ctx.saved_tensors
-        return d_hidden * grad.to(d_hidden.dtype), (d_unembedding * grad).to(ctx.dtype), None
+        if d_unembedding is not None:
+            d_unembedding = (d_unembedding * grad).to(ctx.dtype)
+        return d_hidden * grad.to(d_hidden.dtype), d_unembedding, None
 
 
 def cross_entropy(hidden: Tensor, unembedding: Tensor, labels: Tensor) -> Tensor:

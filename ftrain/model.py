@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import models
@@ -115,6 +116,14 @@ def _from_config(hf: dict) -> Model:
     more = {name: partial(getattr(module, name), cfg=cfg) for name in OF_INPUTS if hasattr(module, name)}
     more |= {name: getattr(module, name)(cfg) for name in OF_CFG if hasattr(module, name)}
     return Model(family, hf, cfg, module.specs(cfg), lambda p, batch, ops: module.forward(p, batch, cfg, ops), **more)
+
+
+def example(model: Model) -> dict:
+    """Some batch of the model's, to be looked at for its shapes."""
+    if model.examples:
+        return model.prepare(model.examples(torch.Generator().manual_seed(0))[-1])
+    ids = torch.zeros(1, 16, dtype=torch.long)
+    return fill_batch({"input_ids": ids, "labels": ids})
 
 
 def param_counts(specs: Specs) -> tuple[int, int]:

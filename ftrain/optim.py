@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .specs import Specs
+
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
 
@@ -56,8 +58,8 @@ class Schedule:
 
 @torch.library.custom_op("ftrain::adamw_", mutates_args=("params", "grads", "mu", "nu"))
 def _adamw_(
-    params: list[Tensor], grads: list[Tensor], mu: list[Tensor], nu: list[Tensor], decayed: list[bool],
-    step: Tensor, lr: Tensor, scale: Tensor, skip: Tensor,
+    params: list[Tensor], grads: list[Tensor], mu: list[Tensor], nu: list[Tensor],
+    decays: list[bool], factors: list[float], step: Tensor, lr: Tensor, scale: Tensor, skip: Tensor,
     beta1: float, beta2: float, weight_decay: float, eps: float,
 ) -> None:  # fmt: skip
     """torch's fused kernel as one operator of the graph: one pass over memory, nothing copied."""
@@ -69,33 +71,35 @@ def _adamw_(
         if grad.data_ptr() in seen:
             grads[i] = grad.clone()
         seen.add(grad.data_ptr())
-    for decays in (True, False):
-        tensors = [[t for t, d in zip(kind, decayed) if d == decays] for kind in (params, grads, mu, nu)]
+    groups = list(zip(decays, factors))
+    for group in dict.fromkeys(groups):
+        tensors = [[t for t, of in zip(kind, groups) if of == group] for kind in (params, grads, mu, nu)]
         torch._fused_adamw_(
-            *tensors, [], [step] * len(tensors[0]), lr=lr, beta1=beta1, beta2=beta2, eps=eps,
-            weight_decay=weight_decay if decays else 0.0, amsgrad=False, maximize=False,
+            *tensors, [], [step] * len(tensors[0]), lr=lr * group[1], beta1=beta1, beta2=beta2, eps=eps,
+            weight_decay=weight_decay if group[0] else 0.0, amsgrad=False, maximize=False,
             grad_scale=scale, found_inf=skip,
         )  # fmt: skip
 
 
 @_adamw_.register_fake
-def _(params, grads, mu, nu, decayed, step, lr, scale, skip, beta1, beta2, weight_decay, eps):
+def _(params, grads, mu, nu, decays, factors, step, lr, scale, skip, beta1, beta2, weight_decay, eps):
     return None
 
 
 def update_(
-    adam: AdamW, lr: Tensor, decay: Mapping[str, bool], params: Mapping[str, Tensor], grads: Mapping[str, Tensor],
+    adam: AdamW, lr: Tensor, specs: Specs, params: Mapping[str, Tensor], grads: Mapping[str, Tensor],
     mu: Mapping[str, Tensor], nu: Mapping[str, Tensor], step: Tensor, norm: Tensor, apply: Tensor,
 ) -> None:  # fmt: skip
     """Clip by the global norm and update params, mu and nu in place, or leave all as it is unless `apply`.
 
-    All fp32, by name; step: updates done before this one, norm: the gradients' global norm, apply: bool; 0-dim.
+    specs: which parameters decay, and the factor of each on `lr`. Of `params`, those in `grads` are updated. All fp32,
+    by name; step: updates done before this one, norm: the gradients' global norm, apply: bool; 0-dim.
     The gradients' own storage is used up.
     """
     # The kernel divides gradients by `scale`: clipping is max(1, norm / clip), as torch's clip_grad_norm_ has it.
     scale = ((norm + 1e-6) / adam.clip).clamp(min=1.0)
-    names = list(params)
+    names = list(grads)
     _adamw_(
-        *([tensors[name] for name in names] for tensors in (params, grads, mu, nu)), [decay[name] for name in names],
-        (step + 1).float(), lr, scale, (~apply).float(), adam.beta1, adam.beta2, adam.weight_decay, adam.eps,
+        *([tensors[name] for name in names] for tensors in (params, grads, mu, nu)),
+        [specs[name].decay for name in names], [float(specs[name].lr) for name in names], (step + 1).float(), lr, scale, (~apply).float(), adam.beta1, adam.beta2, adam.weight_decay, adam.eps,
     )  # fmt: skip

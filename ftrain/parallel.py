@@ -105,17 +105,19 @@ def shard_model(specs: Specs, placements: Placements, mesh: DeviceMesh, dtype: t
     axes = mesh.mesh_dim_names
     sizes = dict(zip(axes, mesh.shape))
     slots = expert_slots(specs, placements, axes, sizes)
-    members: dict[tuple[str, tuple[str, ...], tuple[str, ...]], list[str]] = {}
+    members: dict[tuple[str, tuple[str, ...], tuple[str, ...], bool], list[str]] = {}
     for name, spec in specs.items():
         cut = [a for a, p in zip(axes, placements[name]) if isinstance(p, Shard) and sizes[a] > 1]
         sent_to = spec.experts and slots is not None
+        frozen = not spec.lr
         gather = tuple(a for a in cut if not (sent_to and a == "ep"))
         copied = tuple(a for a in axes if sizes[a] > 1 and a not in cut)
-        members.setdefault((group_key(name), gather, copied), []).append(name)
+        # What is frozen is gathered apart: it has no gradients to reduce.
+        members.setdefault((group_key(name), gather, copied, frozen), []).append(name)
 
     buckets: dict[str, tuple[Bucket, ...]] = {}
     copies: dict[str, int] = {}
-    for (key, gather, copied), names in members.items():
+    for (key, gather, copied, _), names in members.items():
         pieces = []
         for name in names:
             shape = list(specs[name].shape)
@@ -205,9 +207,9 @@ def parallel_ops(ops: Ops, sharding: Sharding, policy: str, grouped_mm: Callable
     """
     sp = sharding.sp
 
-    def mask(segment_ids: Tensor, window: int | None = None):
+    def mask(segment_ids: Tensor, window: int | None = None, causal: bool = True):
         whole = all_gather(segment_ids, sp).transpose(0, 1).flatten(1) if sp.size > 1 else segment_ids
-        return ops.mask(whole, window)
+        return ops.mask(whole, window, causal)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, m) -> Tensor:
         """Ulysses (arXiv 2309.14509): the whole sequence of some heads, in place of some tokens of all heads."""
@@ -239,7 +241,8 @@ def parallel_ops(ops: Ops, sharding: Sharding, policy: str, grouped_mm: Callable
     experts = partial(ops.experts, grouped_mm=grouped_mm)
     if sharding.expert_slots is not None:
         experts = dispatching_experts(sharding.ep, sharding.expert_slots, grouped_mm)
-    return replace(ops, mask=mask, attention=attention, experts=experts, scan=scan)
+    place = sending_place(ops.place, sharding.world) if sharding.world.size > 1 else ops.place
+    return replace(ops, mask=mask, attention=attention, place=place, experts=experts, scan=scan)
 
 
 def kv_repeats(heads: int, kv_heads: int, sp: int) -> int:
@@ -266,6 +269,22 @@ def tokens_for_heads(x: Tensor, sp: Group) -> Tensor:
     B, S, N, D = x.shape
     x = all_to_all_equal(x.reshape(B, sp.size, S // sp.size, N, D).transpose(0, 1), sp)
     return x.permute(1, 2, 0, 3, 4).reshape(B, S // sp.size, sp.size * N, D)
+
+
+def sending_place(place: Callable[..., Tensor], world: Group) -> Callable[..., Tensor]:
+    """`ops.place` where items are encoded on any rank: outputs go to the ranks that hold their tokens (items.py)."""
+
+    def sending(y: Tensor, batch: Mapping[str, Tensor], name: str) -> Tensor:
+        sent, received = batch[f"{name}.splits"].cpu().tolist()
+        for n in (*sent, *received):
+            torch._check(n >= 0)
+        n = sum(sent)
+        torch._check(n <= y.shape[0])
+        # In the order of the ranks; what no token takes comes last, and stays.
+        rows = y.index_select(0, batch[f"{name}.order"]).narrow(0, 0, n)
+        return place(all_to_all(rows, received, sent, world), batch, name)
+
+    return sending
 
 
 def dispatching_experts(ep: Group, slots: tuple[int, ...], grouped_mm: Callable[..., Tensor]):

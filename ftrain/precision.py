@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .experts import grouped_mm, grouped_outer
-from .specs import Specs
+from .items import on_one_device
+from .model import Model, example
 
 RECIPES = {"fp8-tensorwise": "tensorwise", "fp8-rowwise": "rowwise", "fp8-rowwise-gw-hp": "rowwise_with_gw_hp"}
 PRECISIONS = ("fp32", "bf16", *RECIPES)
@@ -239,10 +240,10 @@ class Fp8Report(NamedTuple):
     excluded: tuple[str, ...]
 
 
-def fp8_report(specs: Specs, forward: Callable) -> Fp8Report:
+def fp8_report(model: Model) -> Fp8Report:
     """Which parameters an fp8 recipe quantises, found by watching which ones the model hands to `ops`.
 
-    forward(p, batch, ops) is traced on shapes alone: no memory, no arithmetic.
+    The forward is traced on shapes alone: no memory, no arithmetic.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -258,11 +259,16 @@ def fp8_report(specs: Specs, forward: Callable) -> Fp8Report:
         multiplied.update(map(id, (gate, up, down)))
         return x
 
-    ops = dataclasses.replace(plain(), linear=linear, experts=experts, attention=lambda q, k, v, mask: q)
+    def attention(q, k, v, mask):
+        return q
+
+    ops = dataclasses.replace(
+        plain(), linear=linear, experts=experts, attention=attention, local_attention=attention
+    )
+    specs, batch = model.specs, on_one_device(example(model), model.blanks)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         p = {name: torch.empty(spec.shape) for name, spec in specs.items()}
-        ids = torch.zeros(1, ALIGNMENT, dtype=torch.long)
-        forward(p, {"input_ids": ids, "labels": ids, "position_ids": ids, "segment_ids": ids}, ops)
+        model.forward(p, batch, ops)
     through = [name for name, t in p.items() if id(t) in multiplied]
     return Fp8Report(
         tuple(name for name in through if fits(specs[name].shape)),

@@ -12,11 +12,11 @@ from torch.distributed.tensor.placement_types import Placement
 
 from .collectives import Group, all_gather, all_to_all, group_over
 from .layout import Pieces, Placements, shard_slices
-from .specs import ParamSpec, Specs
+from .specs import ParamSpec, Specs, trainable
 
 
 class State(NamedTuple):
-    """params, mu, nu: name -> fp32 DTensor (AdamW's moments carry the parameter's placements).
+    """params, mu, nu: name -> fp32 DTensor (AdamW's moments carry the parameter's placements; what is frozen has none).
     step: updates done, a 0-dim int64 tensor."""
 
     params: dict[str, DTensor]
@@ -99,7 +99,8 @@ def make_state(
 
     def zeros() -> dict[str, DTensor]:
         return {
-            name: place(torch.zeros_like(p.to_local()), p.shape, p.placements, mesh) for name, p in params.items()
+            name: place(torch.zeros_like(params[name].to_local()), spec.shape, placements[name], mesh)
+            for name, spec in trainable(specs).items()
         }
 
     return State(params, zeros(), zeros(), torch.zeros((), dtype=torch.int64, device=device))

@@ -166,7 +166,7 @@ def _introduce(cfg: TrainConfig, job: Job, state: State, data: Data, con: Consol
         "run directory": cfg.out,
     }
     if cfg.precision.startswith("fp8"):
-        report = fp8_report(job.model.specs, job.model.forward)
+        report = fp8_report(job.model)
         more["float8"] = ", ".join(by_layer(report.quantised)) or "nothing"
         more["bf16 for their shape"] = ", ".join(by_layer(report.fallback)) or "nothing"
     con.header(
@@ -199,10 +199,10 @@ def _loop(
         )
         return
     train_step = make_train_step(
-        job.model.forward, job.model.specs, job.sharding, job.ops, _recipe(cfg, job.model), cfg.compile, cfg.accumulate
+        job.model, job.sharding, job.ops, _recipe(cfg, job.model), cfg.compile, cfg.accumulate
     )
     # Not compiled: run so seldom, a second graph would cost more time than it saves.
-    eval_step = make_eval_step(job.model.forward, job.sharding, job.ops, "off")
+    eval_step = make_eval_step(job.model, job.sharding, job.ops, "off")
     tokens = cfg.batch_size * cfg.seq_len
     flops = tokens * flops_per_token(job.model.specs, job.model.cfg, cfg.seq_len)
     peak = peak_flops(process.device, compute_dtype(cfg.precision))
@@ -271,7 +271,7 @@ def _heldout_loss(
     for batch in heldout_batches(data.heldout, cfg.batch_size, cfg.eval_batches):
         for part in job.microbatches(batch, cfg.accumulate):
             sums = eval_step(part)
-            loss, tokens = loss + float(sums["loss_sum"]), tokens + float(sums["tokens"])
+            loss, tokens = loss + float(sums["loss_sum"]), tokens + float(sums["loss_targets"])
     return loss / tokens, int(tokens)
 
 

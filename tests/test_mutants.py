@@ -133,7 +133,7 @@ def labels_shifted_again(patch):
 def updated(patch, change):
     """`change` what the update is given: a dict of its arguments, by name."""
     real = step.update_
-    names = ("adam", "lr", "decay", "params", "grads", "mu", "nu", "step", "norm", "apply")
+    names = ("adam", "lr", "specs", "params", "grads", "mu", "nu", "step", "norm", "apply")
 
     def wrong(*args):
         given = dict(zip(names, args, strict=True))
@@ -143,11 +143,11 @@ def updated(patch, change):
 
 
 def decay_of_norms(patch):
-    updated(patch, lambda given: {"decay": dict.fromkeys(given["decay"], True)})
+    updated(patch, lambda given: {"specs": {n: replace(spec, decay=True) for n, spec in given["specs"].items()}})
 
 
 def no_decay_at_all(patch):
-    updated(patch, lambda given: {"decay": dict.fromkeys(given["decay"], False)})
+    updated(patch, lambda given: {"specs": {n: replace(spec, decay=False) for n, spec in given["specs"].items()}})
 
 
 def moments_not_kept(patch):

@@ -12,6 +12,7 @@ from ftrain import precision
 from ftrain.experts import grouped_mm
 from ftrain.graph import one_graph
 from ftrain.precision import PRECISIONS, RECIPES, grouped_mm_for, linear_for, rowwise_grouped_mm
+from ftrain.model import Model
 from ftrain.specs import ParamSpec, normal
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -428,7 +429,7 @@ def test_report_says_which_weights_are_quantised():
         x, _ = ops.scan(block, p, "layers", 1, x)
         return x @ p["embed.weight"].T
 
-    report = precision.fp8_report(specs, forward)
+    report = precision.fp8_report(Model("toy", {}, None, specs, forward))
     assert report.quantised == ("layers.0.wide.weight", "layers.0.gate", "layers.0.up")
     assert report.fallback == ("layers.0.odd.weight", "layers.0.down")
     assert report.excluded == ("embed.weight", "layers.0.norm.weight", "layers.0.router.weight")

@@ -48,7 +48,7 @@ def started(remat="none", mode="off", accumulate=1, model=MODEL):
     """-> (job, state, step) on one rank."""
     job = make_job(model, find_plan("fsdp_sp_ep"), Mesh(), remat=remat)
     state = make_state(model.specs, job.placements, job.device_mesh, lambda n, spec, at: values(n, spec)[at])
-    return job, state, make_train_step(model.forward, model.specs, job.sharding, job.ops, RECIPE, mode, accumulate)
+    return job, state, make_train_step(model, job.sharding, job.ops, RECIPE, mode, accumulate)
 
 
 def tensors(state):
@@ -170,8 +170,8 @@ def test_microbatches_without_a_balance_loss(one_rank):
     """What is then shown of the experts is the whole batch's, or is not shown."""
     job, state, _ = started()
     batch, recipe = batches(1)[0], replace(RECIPE, router_aux=0.0)
-    expected = make_eval_step(MODEL.forward, job.sharding, job.ops, "off")(state, job.microbatches(batch)[0])
-    step = make_train_step(MODEL.forward, MODEL.specs, job.sharding, job.ops, recipe, "off", accumulate=2)
+    expected = make_eval_step(MODEL, job.sharding, job.ops, "off")(state, job.microbatches(batch)[0])
+    step = make_train_step(MODEL, job.sharding, job.ops, recipe, "off", accumulate=2)
     _, metrics = step(state, job.microbatches(batch, 2))
     assert torch.equal(metrics["expert_counts"], expected["expert_counts"])
     assert "router_aux_loss" not in metrics
@@ -231,7 +231,7 @@ def test_one_bad_rank_stops_all():
         if rank == 1:
             state.params["model.norm.weight"].to_local()[0] = math.nan
         before = tensors(state)
-        step = make_train_step(MODEL.forward, MODEL.specs, job.sharding, job.ops, RECIPE, "off")
+        step = make_train_step(MODEL, job.sharding, job.ops, RECIPE, "off")
         state, metrics = step(state, job.microbatches(batches(1)[0]))
         after = tensors(state)
         same = all(torch.equal(after[k].nan_to_num(nan=7.0), t.nan_to_num(nan=7.0)) for k, t in before.items())
@@ -246,7 +246,7 @@ def test_one_bad_rank_stops_all():
 def test_gradients_do_not_touch_the_state(one_rank):
     job, state, _ = started()
     before = tensors(state)
-    grads = make_gradients(MODEL.forward, job.sharding, job.ops, RECIPE)(state, job.microbatches(batches(1)[0])[0])
+    grads = make_gradients(MODEL, job.sharding, job.ops, RECIPE)(state, job.microbatches(batches(1)[0])[0])
     assert list(grads) == list(state.params)
     assert all(torch.equal(t, before[key]) for key, t in tensors(state).items())
 
@@ -255,10 +255,10 @@ def test_gradients_do_not_touch_the_state(one_rank):
 def test_evaluation_is_the_loss_of_the_step(one_rank, mode):
     job, state, step = started()
     part = job.microbatches(batches(1)[0])
-    found = make_eval_step(MODEL.forward, job.sharding, job.ops, mode)(state, part[0])
-    assert int(found["tokens"]) == int((part[0]["labels"] != -100).sum())
+    found = make_eval_step(MODEL, job.sharding, job.ops, mode)(state, part[0])
+    assert int(found["loss_targets"]) == int((part[0]["labels"] != -100).sum())
     _, metrics = step(state, part)
-    assert float(found["loss_sum"] / found["tokens"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
+    assert float(found["loss_sum"] / found["loss_targets"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
     assert torch.equal(found["expert_counts"], metrics["expert_counts"])
 
 
@@ -314,6 +314,7 @@ def test_adamw_is_torchs(decay, clip):
         weight_decay=adam.weight_decay if decay else 0.0, foreach=False,
     )  # fmt: skip
     mu, nu = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in range(2))
+    specs = {name: ParamSpec(tuple(p.shape), ones, decay=decay) for name, p in params.items()}
     for i in range(10):
         grads = {name: torch.randn(shape) for name, shape in shapes.items()}
         grads["strided"] = torch.randn(3, 5, 2)[:, :4]
@@ -322,7 +323,7 @@ def test_adamw_is_torchs(decay, clip):
         norm = torch.nn.utils.clip_grad_norm_(theirs.values(), clip)
         optimizer.step()
         lr, step, apply = torch.tensor(adam.lr), torch.tensor(i), torch.tensor(True)
-        update_(adam, lr, dict.fromkeys(params, decay), params, grads, mu, nu, step, norm, apply)
+        update_(adam, lr, specs, params, grads, mu, nu, step, norm, apply)
     for name, p in theirs.items():
         torch.testing.assert_close(params[name], p.detach(), rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(mu[name], optimizer.state[p]["exp_avg"], rtol=1e-6, atol=1e-8)
@@ -369,7 +370,7 @@ def test_one_gradient_for_two_parameters_is_scaled_once():
     params, mu, nu = ({name: torch.full((2,), start) for name in "ab"} for start in (1.0, 0.0, 0.0))
     norm = torch.tensor(50.0).sqrt()
     update_(
-        adam, torch.tensor(0.1), {"a": True, "b": False}, params, {"a": shared, "b": shared}, mu, nu,
+        adam, torch.tensor(0.1), {name: ParamSpec((2,), ones, decay=name == "a") for name in "ab"}, params, {"a": shared, "b": shared}, mu, nu,
         torch.tensor(0), norm, torch.tensor(True),
     )  # fmt: skip
     for name in "ab":

@@ -48,7 +48,7 @@ def main(cfg: Config) -> None:
 
     def stepper(mode: str) -> Callable[[], float]:
         state = init_state(model.specs, job.placements, job.device_mesh, 0)
-        step = make_train_step(model.forward, model.specs, job.sharding, job.ops, Recipe(), mode)
+        step = make_train_step(model, job.sharding, job.ops, Recipe(), mode)
 
         def run() -> float:
             began = time.perf_counter()

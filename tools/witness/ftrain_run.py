@@ -32,7 +32,7 @@ def main() -> None:
     beta1, beta2 = ADAM["betas"]
     adam = AdamW(ADAM["lr"], beta1, beta2, ADAM["eps"], ADAM["weight_decay"], args.clip)
     recipe = Recipe(adam, Schedule(args.steps, "constant"), router_aux=args.router_aux)
-    step = make_train_step(model.forward, model.specs, job.sharding, job.ops, recipe, args.compile)
+    step = make_train_step(model, job.sharding, job.ops, recipe, args.compile)
 
     seen = {"loss": [], "grad_norm": []}
     for ids in batches(args):
