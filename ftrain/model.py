@@ -47,8 +47,8 @@ class Model:
 
 
 FAMILY = ("PRESETS", "config", "specs", "forward")  # what a family's module has
-# What it may have besides, when it takes or gives more than text: functions whose last argument is the cfg.
-OF_INPUTS, OF_CFG = ("prepare", "targets", "examples"), ("blanks", "weights")
+# What it may have besides, when it takes or gives more than text: of (inputs, cfg), of (cfg, ...), of cfg alone.
+OF_INPUTS, OF_GENERATOR, OF_CFG = ("prepare", "targets"), ("examples",), ("blanks", "weights")
 
 
 def families() -> dict[str, Any]:
@@ -107,6 +107,8 @@ def find_model(which: str | os.PathLike | Mapping | Any) -> Model:
 
 def _from_config(hf: dict) -> Model:
     known, family = families(), hf.get("model_type")
+    if family is None and (wanted := hf.get("_class_name")) is not None:  # diffusers' configs have this instead
+        family = next((n for n, module in known.items() if getattr(module, "CLASS_NAME", None) == wanted), wanted)
     if family not in list(known):  # a list, because the value may be anything that JSON can hold
         if family in list(modules := _modules()):
             _check_family(modules[family])
@@ -114,6 +116,7 @@ def _from_config(hf: dict) -> Model:
     module = known[family]
     cfg = module.config(hf)
     more = {name: partial(getattr(module, name), cfg=cfg) for name in OF_INPUTS if hasattr(module, name)}
+    more |= {name: partial(getattr(module, name), cfg) for name in OF_GENERATOR if hasattr(module, name)}
     more |= {name: getattr(module, name)(cfg) for name in OF_CFG if hasattr(module, name)}
     return Model(family, hf, cfg, module.specs(cfg), lambda p, batch, ops: module.forward(p, batch, cfg, ops), **more)
 

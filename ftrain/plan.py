@@ -1,7 +1,6 @@
 """Plans: looked up by name or by file, asked for every parameter, and held to their word."""
 
 import importlib
-import importlib.util
 import pkgutil
 import traceback
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from . import plans
 from .config import did_you_mean
+from .files import import_file
 from .layout import Placements, check_placements
 from .mesh import Mesh
 from .specs import Specs
@@ -29,17 +29,10 @@ def find_plan(which: str) -> Plan:
     """A plan by its name in plans/, or `file.py:function`. Raises ValueError naming what is valid."""
     if ":" in which or which.endswith(".py"):
         path, _, function = which.rpartition(":") if ":" in which else (which, "", Path(which).stem)
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"--plan {which}: there is no file {path}")
-        spec = importlib.util.spec_from_file_location(f"ftrain_user_plan_{Path(path).stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            raise ValueError(f"--plan {which}: {path} cannot be imported: {type(error).__name__}: {error}") from error
+        module = import_file(path, f"--plan {which}")
         plan = getattr(module, function, None)
         if not callable(plan):
-            found = [n for n, f in vars(module).items() if callable(f) and getattr(f, "__module__", "") == spec.name]
+            found = [n for n, f in vars(module).items() if callable(f) and getattr(f, "__module__", "") == module.__name__]
             valid = ", ".join(found) or "none"
             raise ValueError(f"--plan {which}: {path} has no function {function!r}; it has {valid}")
         return plan

@@ -1,0 +1,18 @@
+"""Python files of the user's own: plans, encoders, decoders."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+
+def import_file(path: str, what: str) -> ModuleType:
+    """The module in a file. Raises FileNotFoundError and ValueError, beginning with `what`."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{what}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(f"ftrain_user_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{what}: {path} cannot be imported: {type(error).__name__}: {error}") from error
+    return module

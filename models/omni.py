@@ -1,0 +1,331 @@
+"""A foundation model, with any number of encoders into it and decoders out of it, described by a config:
+
+    model_type: omni
+    foundation: {...}       # the config of any family of language models
+    lr: 1.0                 # factor on the learning rate of the foundation; 0 freezes it
+    encoders:
+      NAME: {type: vit, config: {...}, placeholder: 7, lr: 0.0, projector: mlp, projector_lr: 1.0}
+    decoders:
+      NAME: {type: codes, config: {...}, input: hidden, lr: 1.0, weight: 1.0}
+
+An encoder's outputs, projected, stand in for the embeddings of its placeholder tokens; those of encoders that share a
+placeholder are added. A decoder reads the foundation's hidden states, or the stream of the decoder that `input` names,
+and adds a loss. `type` is a module of encoders/ or decoders/, or the path of a file like them. Parameters are
+called as in the foundation, `encoders.NAME.`, `projectors.NAME.` and `decoders.NAME.`.
+"""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..files import import_file
+from ..items import Item, seat
+from ..loss import IGNORE
+from ..ops import Ops, Output, fill_batch
+from ..specs import ParamSpec, normal, zeros
+from . import fields
+
+PROJECTORS = ("linear", "mlp", "none")
+
+# Small enough to try: an image of patches, and text.
+PRESETS = {
+    "omni-tiny": {
+        "model_type": "omni",
+        "foundation": {
+            "model_type": "qwen3",
+            "vocab_size": 512,
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": True,
+        },
+        "encoders": {
+            "image": {
+                "type": "vit",
+                "placeholder": 7,
+                "config": {"patch_size": 2, "num_channels": 1, "hidden_size": 24, "num_hidden_layers": 2},
+            },
+        },
+    }
+}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    module: ModuleType
+    cfg: Any
+    placeholder: int
+    projector: str
+    lr: float
+    projector_lr: float
+
+
+@dataclass(frozen=True)
+class Decoder:
+    module: ModuleType
+    cfg: Any
+    input: str  # "hidden", or a decoder before this one
+    width: int  # of that stream
+    lr: float
+    weight: float
+
+
+@dataclass(frozen=True)
+class OmniConfig:
+    """What the foundation's cfg says of sizes is said here too, for those who ask the model."""
+
+    module: ModuleType  # of the foundation
+    foundation: Any
+    lr: float
+    encoders: Mapping[str, Encoder]
+    decoders: Mapping[str, Decoder]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.foundation, name)
+
+
+def config(hf: Mapping) -> OmniConfig:
+    known = ("model_type", "foundation", "lr", "encoders", "decoders")
+    _only(hf, (*known, "architectures", "dtype", "transformers_version"), "of an omni model")
+    inner = fields.read(hf, "foundation")
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("model_type"), str):
+        fields.refuse("foundation", inner, "the config of a language model, with its model_type")
+    module = _module("", inner["model_type"], ("specs", "config", "forward"))
+    foundation = module.config(inner)
+    encoders, decoders = {}, {}
+    for name, part in _parts(hf, "encoders"):
+        _only(part, ("type", "config", "placeholder", "lr", "projector", "projector_lr"), f"of the encoder {name}")
+        encoder = _module("encoders", fields.read(part, "type"), ("specs", "blank", "encode", "items"))
+        placeholder = fields.read(part, "placeholder")
+        if type(placeholder) is not int or not 0 <= placeholder < foundation.vocab:
+            fields.refuse(f"encoders.{name}.placeholder", placeholder, f"a token below vocab_size = {foundation.vocab}")
+        projector = fields.read(part, "projector", "mlp")
+        if projector not in PROJECTORS:
+            fields.refuse(f"encoders.{name}.projector", projector, f"one of {', '.join(PROJECTORS)}")
+        cfg = encoder.config(fields.read(part, "config", {}))
+        if projector == "none" and cfg.width != foundation.hidden:
+            fields.refuse(f"encoders.{name}.projector", projector, f"'linear' or 'mlp': the encoder's outputs have "
+                          f"{cfg.width} elements, the foundation's embeddings {foundation.hidden}")  # fmt: skip
+        encoders[name] = Encoder(
+            encoder, cfg, placeholder, projector, factor(part, "lr", name), factor(part, "projector_lr", name)
+        )
+    widths = {"hidden": foundation.hidden}
+    for name, part in _parts(hf, "decoders"):
+        _only(part, ("type", "config", "input", "lr", "weight"), f"of the decoder {name}")
+        if name in encoders or name in (*widths, "loss", "tokens"):
+            fields.refuse("decoders", name, "a name that nothing else in the model has")
+        decoder = _module("decoders", fields.read(part, "type"), ("specs", "blank", "decode", "width"))
+        stream = fields.read(part, "input", "hidden")
+        if stream not in widths:
+            fields.refuse(f"decoders.{name}.input", stream, f"one of {', '.join(widths)}")
+        cfg = decoder.config(fields.read(part, "config", {}))
+        decoders[name] = Decoder(
+            decoder, cfg, stream, widths[stream], factor(part, "lr", name), factor(part, "weight", name)
+        )
+        widths[name] = decoder.width(cfg, widths[stream])
+    return OmniConfig(module, foundation, factor(hf, "lr", "the foundation"), encoders, decoders)
+
+
+def factor(part: Mapping, key: str, where: str) -> float:
+    value = fields.read(part, key, 1.0)
+    if type(value) not in (int, float) or not value >= 0:
+        fields.refuse(f"{key} of {where}", value, "a number, at least 0")
+    return float(value)
+
+
+def _only(given: Mapping, known: tuple[str, ...], where: str) -> None:
+    for key in given:
+        if key not in known:
+            raise ValueError(f"the config {where} has an unknown key {key!r}: known are {', '.join(known)}")
+
+
+def _parts(hf: Mapping, key: str) -> list[tuple[str, Mapping]]:
+    parts = fields.read(hf, key, {})
+    named = isinstance(parts, Mapping) and all(isinstance(n, str) and n.isidentifier() for n in parts)
+    if not named or not all(isinstance(part, Mapping) for part in parts.values()):
+        fields.refuse(key, parts, "a mapping from names (letters, digits, _) to configs")
+    return list(parts.items())
+
+
+def _module(folder: str, kind: str, needed: tuple[str, ...]) -> ModuleType:
+    if not isinstance(kind, str):
+        fields.refuse("type", kind, "the name of a module, or the path of a file")
+    if kind.endswith(".py"):
+        module = import_file(kind, f"type {kind}")
+    else:
+        try:
+            module = importlib.import_module(f"{__package__}.{folder}.{kind}".replace("..", "."))
+        except ModuleNotFoundError:
+            place = f"models/{folder}" if folder else "models"
+            raise ValueError(f"type {kind!r}: {place} has no module of that name, and it is no path to a .py file") from None
+    if lacking := [name for name in ("config", *needed) if not hasattr(module, name)]:
+        raise ValueError(f"{module.__file__} lacks {', '.join(lacking)}: it must have {', '.join(('config', *needed))}")
+    return module
+
+
+def specs(cfg: OmniConfig) -> dict[str, ParamSpec]:
+    out = _slowed(cfg.module.specs(cfg.foundation), cfg.lr)
+    for name, part in cfg.encoders.items():
+        out |= _slowed(part.module.specs(part.cfg, f"encoders.{name}"), part.lr)
+        out |= _slowed(_projector_specs(part, cfg.foundation.hidden, f"projectors.{name}"), part.projector_lr)
+    for name, part in cfg.decoders.items():
+        out |= _slowed(part.module.specs(part.cfg, f"decoders.{name}", part.width), part.lr)
+    return out
+
+
+def _slowed(specs: Mapping[str, ParamSpec], lr: float) -> dict[str, ParamSpec]:
+    return {name: replace(spec, lr=spec.lr * lr) for name, spec in specs.items()}
+
+
+def _projector_specs(part: Encoder, hidden: int, prefix: str) -> dict[str, ParamSpec]:
+    sizes = {"none": [], "linear": [part.cfg.width, hidden], "mlp": [part.cfg.width, hidden, hidden]}[part.projector]
+    out = {}
+    for layer, (into, width) in enumerate(zip(sizes, sizes[1:])):
+        out[f"{prefix}.{layer}.weight"] = ParamSpec((width, into), normal(into**-0.5))
+        out[f"{prefix}.{layer}.bias"] = ParamSpec((width,), zeros, decay=False)
+    return out
+
+
+def _project(p: Mapping[str, Tensor], prefix: str, y: Tensor, part: Encoder, ops: Ops) -> Tensor:
+    for layer in range({"none": 0, "linear": 1, "mlp": 2}[part.projector]):
+        y = ops.linear(F.gelu(y) if layer else y, p[f"{prefix}.{layer}.weight"], p[f"{prefix}.{layer}.bias"])
+    return y
+
+
+def fields_of(batch: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The batch's tensors called `name.…`, by the rest of their names."""
+    return {key[len(name) + 1 :]: t for key, t in batch.items() if key.startswith(f"{name}.")}
+
+
+def forward(p: Mapping[str, Tensor], batch: Mapping[str, Tensor], cfg: OmniConfig, ops: Ops) -> Output:
+    levels: list[Tensor] = []
+    placed = torch.zeros_like(batch["segment_ids"], dtype=torch.bool)
+    for name, part in cfg.encoders.items():
+        y = part.module.encode(p, f"encoders.{name}", fields_of(batch, name), part.cfg, ops)
+        y = ops.place(_project(p, f"projectors.{name}", y, part, ops), batch, name)
+        placed = placed | (batch[f"{name}.source"] >= 0)
+        for level, of_level in enumerate(y.unbind(2) if y.ndim == 4 else [y]):
+            levels[level : level + 1] = [levels[level] + of_level if level < len(levels) else of_level]
+    if levels:
+        batch = {**batch, "embeddings": levels[0], "placed": placed, "deep": levels[1:]}
+    out = cfg.module.forward(p, batch, cfg.foundation, ops)
+
+    streams, losses = {"hidden": out.hidden}, {}
+    for name, part in cfg.decoders.items():
+        streams[name], losses[name] = part.module.decode(
+            p, f"decoders.{name}", streams[part.input], fields_of(batch, name), part.cfg, ops
+        )
+    return out._replace(losses=losses)
+
+
+def blanks(cfg: OmniConfig) -> dict[str, Item]:
+    return {name: part.module.blank(part.cfg) for name, part in cfg.encoders.items()}
+
+
+def prepare(inputs: Mapping, cfg: OmniConfig) -> dict:
+    """inputs: input_ids [B, S] (attention_mask, position_ids, labels), for each encoder under its name the list of
+    raw samples, in the order of their placeholder tokens, and for each decoder its targets, NAME.FIELD [B, S, ...]
+    (by default none).
+
+    Raises ValueError where raw samples and placeholder tokens do not match.
+    """
+    for key in inputs:
+        if key.partition(".")[0] not in {*cfg.encoders, *cfg.decoders} | TEXT:
+            raise ValueError(
+                f"the inputs have {key!r}, but the model has the encoders {', '.join(cfg.encoders) or '(none)'} "
+                f"and the decoders {', '.join(cfg.decoders) or '(none)'}"
+            )
+    batch = fill_batch({key: value for key, value in inputs.items() if key not in cfg.encoders})
+    for name, part in cfg.decoders.items():
+        if not fields_of(batch, name):
+            fields = part.module.blank(part.cfg, tuple(batch["segment_ids"].shape))
+            batch |= {f"{name}.{field}": t for field, t in fields.items()}
+    batch["items"] = {
+        name: seat(raw_items(part, inputs.get(name, ())), _tokens(batch, part.placeholder), name)
+        for name, part in cfg.encoders.items()
+        if len(inputs.get(name, ()))
+    }
+    given = {cfg.encoders[name].placeholder for name in batch["items"]}
+    for name, part in cfg.encoders.items():
+        if part.placeholder not in given and len(tokens := _tokens(batch, part.placeholder)):
+            raise ValueError(f"the text has {len(tokens)} placeholder tokens of {name}, but there is no input for them")
+    return batch
+
+
+TEXT = {"input_ids", "attention_mask", "position_ids", "segment_ids", "labels", "token_type_ids"}
+
+
+def _tokens(batch: Mapping[str, Tensor], placeholder: int) -> Tensor:
+    return ((batch["input_ids"] == placeholder) & (batch["segment_ids"] >= 0)).flatten().nonzero()[:, 0]
+
+
+def raw_items(part: Encoder, raws) -> list[Item]:
+    """The items of raw samples, with slots that count their outputs through all of them."""
+    out, count = [], 0
+    for raw in raws:
+        items = part.module.items(raw, part.cfg)
+        out += [item._replace(slots=torch.where(item.slots < 0, -1, item.slots + count)) for item in items]
+        count += outputs(items)
+    return out
+
+
+def outputs(items: list[Item]) -> int:
+    """How many placeholder tokens these items are for."""
+    return sum(int((item.slots >= 0).sum()) for item in items)
+
+
+def targets(batch: Mapping[str, Tensor], cfg: OmniConfig) -> dict[str, Tensor]:
+    found = {"loss": (batch["labels"] != IGNORE).sum()}
+    for name, part in cfg.decoders.items():
+        of_decoder = fields_of(batch, name)
+        if hasattr(part.module, "count"):
+            found[name] = part.module.count(of_decoder, part.cfg)
+        else:
+            found[name] = (of_decoder["labels"] != IGNORE).sum()
+    return found
+
+
+def weights(cfg: OmniConfig) -> dict[str, float]:
+    return {name: part.weight for name, part in cfg.decoders.items()}
+
+
+def examples(cfg: OmniConfig, generator: torch.Generator) -> list[dict]:
+    """Text alone, each encoder alone, all of them together; targets for every decoder."""
+    names = list(cfg.encoders)
+    return [_example(chosen, cfg, generator) for chosen in ([], *([name] for name in names), names * (len(names) > 1))]
+
+
+def _example(names: list[str], cfg: OmniConfig, generator: torch.Generator) -> dict:
+    taken = {part.placeholder for part in cfg.encoders.values()}
+    free = torch.tensor([token for token in range(cfg.vocab) if token not in taken][:4096])
+
+    def text() -> list[int]:
+        n = int(torch.randint(2, 7, (), generator=generator))
+        return free[torch.randint(len(free), (n,), generator=generator)].tolist()
+
+    ids, inputs = text(), {}
+    for placeholder in dict.fromkeys(cfg.encoders[name].placeholder for name in names):
+        sharing = [name for name in names if cfg.encoders[name].placeholder == placeholder]
+        raws = {name: cfg.encoders[name].module.example(cfg.encoders[name].cfg, generator) for name in sharing}
+        counts = {n: outputs(cfg.encoders[n].module.items(raw, cfg.encoders[n].cfg)) for n, raw in raws.items()}
+        # Encoders that share a placeholder must give equally many outputs: an example may not have them all.
+        for name in [name for name in sharing if counts[name] == counts[sharing[0]]]:
+            inputs[name] = [raws[name]]
+        ids += [placeholder] * counts[sharing[0]] + text()
+    inputs["input_ids"] = torch.tensor([ids])
+    for name, part in cfg.decoders.items():
+        fields = part.module.example(part.cfg, generator, (1, len(ids)))
+        inputs |= {f"{name}.{field}": t for field, t in fields.items()}
+    return inputs
