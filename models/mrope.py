@@ -9,8 +9,8 @@ from torch import Tensor
 
 def grid(t: int, h: int, w: int, step: float = 1) -> Tensor:
     """The coordinates [t*h*w, 3] of a grid of tokens, time slowest; `step` apart in time, rounded down."""
-    axes = torch.meshgrid(torch.arange(t) * step, torch.arange(h), torch.arange(w), indexing="ij")
-    return torch.stack([axis.flatten().long() for axis in axes], -1)
+    axes = torch.meshgrid((torch.arange(t) * step).long(), torch.arange(h), torch.arange(w), indexing="ij")
+    return torch.stack([axis.flatten() for axis in axes], -1)
 
 
 def coordinates(pieces: Iterable[int | Tensor]) -> Tensor:
