@@ -15,7 +15,7 @@ from .disk import MANIFEST, no_room, read_json, read_manifest, swap_in, verify, 
 from .layout import Placements
 from .model import Model, find_model
 from .safetensors_io import (
-    DTYPES, Entry, Layout, make_header, make_index, read_index, read_values, values_from, write_file,
+    DTYPES, Entry, Layout, make_header, make_index, read_index, read_values, stem_for, values_from, write_file,
 )  # fmt: skip
 from .specs import ParamSpec
 from .state import State, make_state
@@ -52,6 +52,8 @@ def init_from(directory: str | os.PathLike, model: Model, placements: Placements
 
 def hf_config(hf: Mapping, dtype: torch.dtype | None) -> dict:
     """The content of `config.json` beside weights of this dtype (None: as they were)."""
+    if "_class_name" in hf:  # diffusers' configs say neither dtype nor architecture
+        return dict(hf)
     named = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
     if "torch_dtype" in hf and named:  # the name that transformers had for it before
         named["torch_dtype"] = named["dtype"]
@@ -85,14 +87,15 @@ def export(
         verify(source, checks, [name for name in checks if "/" not in name])
     entries = read_index(source)
     config = hf_config(read_json(source / "config.json"), dtype)
-    files = _files(entries, dtype, file_bytes)
+    stem = stem_for(config)
+    files = _files(entries, dtype, file_bytes, stem)
     needed = sum(make_header(layout)[1] for layout in files.values())
     tmp = dest.with_name(f"{dest.name}.tmp-{secrets.token_hex(4)}")
     try:
         tmp.mkdir(parents=True)
         for file, layout in files.items():
             write_file(tmp / file, layout, _read_all(entries, layout))
-        write_json(tmp / "model.safetensors.index.json", make_index(files))
+        write_json(tmp / f"{stem}.safetensors.index.json", make_index(files))
         for path in source.iterdir():  # tokenizer, generation config, chat template
             known = path.suffix in (".json", ".txt", ".model", ".jinja") and not path.name.endswith(".index.json")
             if path.is_file() and known and path.name != "config.json":
@@ -108,7 +111,7 @@ def export(
     return dest
 
 
-def _files(entries: Mapping[str, Entry], dtype: torch.dtype | None, file_bytes: int) -> dict[str, Layout]:
+def _files(entries: Mapping[str, Entry], dtype: torch.dtype | None, file_bytes: int, stem: str) -> dict[str, Layout]:
     """The files to write: the source's tensors in the source's order, the larger elements of a file first."""
     groups: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = []
     size = 0
@@ -123,7 +126,7 @@ def _files(entries: Mapping[str, Entry], dtype: torch.dtype | None, file_bytes: 
             size = nbytes
         groups[-1][name] = (kind, entry.shape)
     groups = [dict(sorted(group.items(), key=lambda item: -item[1][0].itemsize)) for group in groups]  # aligned
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+    return {f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
 def _read_all(entries: Mapping[str, Entry], names: Iterable[str]) -> Iterator[Tensor]:

@@ -20,10 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .disk import CHUNK, instead_of
-from .specs import ParamSpec, Specs, stored
+from .specs import ParamSpec, Specs, Within, stored
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+STEMS = ("model", "diffusion_pytorch_model")  # the weights' files, as transformers and diffusers name them
 _ALL, _FEW = 20, 3  # an error names so many tensors in all, or of each kind so few and counts the rest
 _EXPERT = re.compile(r"(?P<experts>.*\.experts)\.\d+\.(?P<projection>gate|up|down)_proj\.weight")
 
@@ -66,19 +67,18 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 def read_index(directory: Path, kind: str = "model") -> dict[str, Entry]:
     """Every tensor of a directory: of `KIND.safetensors.index.json`, else `KIND.safetensors`, else all *.safetensors.
+    The model's may also be named as diffusers does.
 
     Raises as read_header does, and FileNotFoundError for a directory without safetensors files.
     """
     directory = Path(directory)
-    index, single = directory / f"{kind}.safetensors.index.json", directory / f"{kind}.safetensors"
-    if index.is_file():
-        try:
-            where = {str(name): str(file) for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{index} is not an index of safetensors files ({error!r})") from error
-        headers = {file: read_header(directory / file) for file in sorted(set(where.values()))}
-        return {name: headers[file][name] for name, file in where.items() if name in headers[file]}
-    files = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
+    for stem in STEMS if kind in STEMS else (kind,):
+        index, single = directory / f"{stem}.safetensors.index.json", directory / f"{stem}.safetensors"
+        if index.is_file():
+            return _of_index(index)
+        if single.is_file():
+            return read_header(single)
+    files = sorted(directory.glob("*.safetensors"))
     if not files:
         if not directory.is_dir():
             raise FileNotFoundError(f"{directory} is not a directory")
@@ -87,17 +87,30 @@ def read_index(directory: Path, kind: str = "model") -> dict[str, Entry]:
     return {name: entry for file in files for name, entry in read_header(file).items()}
 
 
-def _fused(spec: ParamSpec) -> tuple[str, tuple[int, ...], int] | None:
-    """Where transformers 5 keeps a stacked parameter when it does not take the experts apart:
-    the tensor's name, its shape, and where this parameter starts along dimension 1."""
+def _of_index(index: Path) -> dict[str, Entry]:
+    try:
+        where = {str(name): str(file) for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is not an index of safetensors files ({error!r})") from error
+    headers = {file: read_header(index.parent / file) for file in sorted(set(where.values()))}
+    return {name: headers[file][name] for name, file in where.items() if name in headers[file]}
+
+
+def stem_for(hf: Mapping) -> str:
+    """What the weight files beside this config are called."""
+    return STEMS[1] if "_class_name" in hf else STEMS[0]
+
+
+def _within(spec: ParamSpec) -> Within | None:
+    """Where a parameter may be that is not alone: as its spec says; of experts that the checkpoint usually keeps apart,
+    where transformers 5 keeps them when it does not take them apart."""
     match = _EXPERT.fullmatch(spec.parts[0]) if spec.parts else None
     if match is None:
-        return None
+        return spec.within
+    rows = spec.shape[1]
     if match["projection"] == "down":
-        return f"{match['experts']}.down_proj", spec.shape, 0
-    experts, inner, hidden = spec.shape
-    start = inner if match["projection"] == "up" else 0
-    return f"{match['experts']}.gate_up_proj", (experts, 2 * inner, hidden), start
+        return Within(f"{match['experts']}.down_proj", rows)
+    return Within(f"{match['experts']}.gate_up_proj", 2 * rows, rows if match["projection"] == "up" else 0)
 
 
 def check_names(entries: Mapping[str, Entry], specs: Specs, where: object) -> None:
@@ -110,8 +123,12 @@ def check_names(entries: Mapping[str, Entry], specs: Specs, where: object) -> No
     """
     wanted: dict[str, tuple[int, ...]] = {}
     for name, spec in specs.items():
-        fused = _fused(spec)
-        wanted |= {fused[0]: fused[1]} if fused and fused[0] in entries else stored({name: spec})
+        within = _within(spec)
+        if within and within.name in entries:
+            shapes, found = within.shapes(spec), entries[within.name].shape
+            wanted[within.name] = found if found in shapes else shapes[0]
+        else:
+            wanted |= stored({name: spec})
     computed = {"lm_head.weight"} | {name for name in entries if name.endswith("rotary_emb.inv_freq")}
     both = [name for name in wanted if name in entries]
     problems = {
@@ -161,12 +178,15 @@ def values_from(entries: Mapping[str, Entry]) -> Values:
         shape = [max(0, s.stop - s.start) for s in slices]
         if not prod(shape):
             return torch.empty(shape)
+        within = _within(spec)
+        if within and within.name in entries:
+            experts, rows, columns = slices
+            rows = slice(rows.start + within.start, rows.stop + within.start)
+            if entries[within.name].shape == (spec.shape[0], within.rows, spec.shape[2]):
+                return read(within.name, (experts, rows, columns))
+            return read(within.name, (experts, columns, rows)).transpose(1, 2)
         if not spec.parts:
             return read(name, slices)
-        fused = _fused(spec)
-        if fused and fused[0] in entries:
-            experts, rows, columns = slices
-            return read(fused[0], (experts, slice(rows.start + fused[2], rows.stop + fused[2]), columns))
         return torch.stack([read(part, slices[1:]) for part in spec.parts[slices[0]]])
 
     return values
