@@ -72,8 +72,12 @@ def parity(model, theirs, inputs: dict, rename=our_names, tolerance: float = 3e-
     (ours * cotangent).sum().backward()
     of_logits = relative(ours[seen], expected[seen])
     assert of_logits <= tolerance, f"logits are off by {of_logits}"
-    found = {n: p.grad for n, p in theirs.named_parameters()}
-    found = rename({n: torch.zeros_like(p) if found[n] is None else found[n] for n, p in theirs.named_parameters()})
+    return of_logits, same_gradients(params, theirs, rename, tolerance)
+
+
+def same_gradients(params: dict, theirs, rename=our_names, tolerance: float = 3e-5) -> float:
+    """Hold our parameters' gradients to the twin's, every one: -> the largest error."""
+    found = rename({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in theirs.named_parameters()})
     floor = 0.1 * float(torch.stack([g.abs().max() for g in found.values()]).median())
     worst = 0.0
     for name, grad in found.items():
@@ -81,4 +85,4 @@ def parity(model, theirs, inputs: dict, rename=our_names, tolerance: float = 3e-
         error = relative(torch.zeros_like(grad) if mine is None else mine, grad, floor)
         assert error <= tolerance, f"the gradient of {name} is off by {error}"
         worst = max(worst, error)
-    return of_logits, worst
+    return worst
