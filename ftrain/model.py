@@ -31,6 +31,7 @@ class Model:
     blanks: for each encoder, the item that packs are filled up with.
     targets: a batch -> how many targets each loss has in it, 0-dim int64; a loss is the mean over them.
     weights: of the losses, where not 1.
+    sources: of parameters that start with weights from elsewhere: the directory, and the name there.
     examples: generator -> random inputs, such as `prepare` takes, one for each kind of sample; None: text alone.
     """
 
@@ -43,12 +44,13 @@ class Model:
     blanks: Mapping[str, Item] = field(default_factory=dict)
     targets: Callable[[Mapping], dict[str, Tensor]] = lambda batch: {"loss": (batch["labels"] != IGNORE).sum()}
     weights: Mapping[str, float] = field(default_factory=dict)
+    sources: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     examples: Callable[..., list[dict]] | None = None
 
 
 FAMILY = ("PRESETS", "config", "specs", "forward")  # what a family's module has
 # What it may have besides, when it takes or gives more than text: of (inputs, cfg), of (cfg, ...), of cfg alone.
-OF_INPUTS, OF_GENERATOR, OF_CFG = ("prepare", "targets"), ("examples",), ("blanks", "weights")
+OF_INPUTS, OF_GENERATOR, OF_CFG = ("prepare", "targets"), ("examples",), ("blanks", "weights", "sources")
 
 
 def families() -> dict[str, Any]:
@@ -79,30 +81,67 @@ def presets() -> dict[str, dict]:
 
 
 def find_model(which: str | os.PathLike | Mapping | Any) -> Model:
-    """A model from a preset's name, a directory with `config.json`, a config dict, or a transformers config.
+    """A model from a preset's name, a directory with `config.json`, a YAML or JSON file with a config, a config dict,
+    or a transformers config.
 
     Raises ValueError for an unknown name (with a suggestion), an unsupported `model_type`, or a config
-    that makes no sense; FileNotFoundError for a directory without `config.json`.
+    that makes no sense; FileNotFoundError for a file that is not there.
     """
     if isinstance(which, Mapping):
-        return _from_config(dict(which))
+        return _from_config(_composed(dict(which)))
     if hasattr(which, "to_dict"):
         return _from_config(which.to_dict())
     which, known = os.fspath(which), presets()
     if which in known:
         return _from_config(dict(known[which]))
-    if os.path.isdir(which):
-        path = Path(which) / "config.json"
+    of_file = which.endswith((".yaml", ".yml", ".json"))
+    if os.path.isdir(which) or of_file:
+        path = Path(which) if of_file else Path(which) / "config.json"
         if not path.is_file():
             held = f"a model's directory holds a config.json{instead_of(which)}"
             raise FileNotFoundError(f"{path} does not exist: {held}")
-        hf = read_json(path)
+        hf = read_json(path) if path.suffix == ".json" else _read_yaml(path)
         try:
-            return _from_config(hf)
+            return _from_config(_composed(hf))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     near = did_you_mean(os.path.basename(which), list(known)) or f"; the presets are {', '.join(known)}"
     raise ValueError(f"model {which!r} is neither a directory nor a preset{near}")
+
+
+def _read_yaml(path: Path) -> dict:
+    import yaml
+
+    try:
+        hf = yaml.safe_load(path.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(hf, dict):
+        raise ValueError(f"{path} must hold a mapping: a model's config")
+    return hf
+
+
+def _composed(hf: dict) -> dict:
+    """A composition's config, whole: parts that are named by a preset or a directory are replaced by their configs."""
+    foundation = hf.get("foundation")
+    if isinstance(foundation, str):
+        hf = {**hf, "foundation": find_model(foundation).hf}
+        if has_weights(foundation):
+            hf = {"weights": foundation, **hf}
+    for kind in ("encoders", "decoders"):
+        if isinstance(hf.get(kind), Mapping):
+            hf = {**hf, kind: {name: _with_config(part) for name, part in hf[kind].items()}}
+    return hf
+
+
+def _with_config(part: Any) -> Any:
+    if isinstance(part, Mapping) and "config" not in part and isinstance(part.get("weights"), str):
+        return {**part, "config": read_json(Path(part["weights"]) / "config.json")}
+    return part
+
+
+def has_weights(directory: str | os.PathLike) -> bool:
+    return Path(directory).is_dir() and any(Path(directory).glob("*.safetensors"))
 
 
 def _from_config(hf: dict) -> Model:

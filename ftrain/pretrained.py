@@ -4,6 +4,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from .disk import MANIFEST, no_room, read_json, read_manifest, swap_in, verify, 
 from .layout import Placements
 from .model import Model, find_model
 from .safetensors_io import (
-    DTYPES, Entry, Layout, make_header, make_index, read_index, read_values, stem_for, values_from, write_file,
+    DTYPES, Entry, Layout, check_names, make_header, make_index, read_index, read_values, stem_for, values_from, write_file,
 )  # fmt: skip
-from .specs import ParamSpec
-from .state import State, make_state
+from .specs import ParamSpec, stored
+from .state import State, initial, make_state
 
 FILE_BYTES = 4 << 30  # a file is ended before the tensor that would make it larger
 _FLOATS = {
@@ -48,6 +49,32 @@ def init_from(directory: str | os.PathLike, model: Model, placements: Placements
     Raises ValueError naming missing, extra or mis-shaped tensors, or a corrupt file.
     """
     return make_state(model.specs, placements, mesh, read_values(directory, model.specs))
+
+
+def init_from_sources(model: Model, placements: Placements, mesh: DeviceMesh, seed: int) -> State:
+    """A state at step 0: the parameters of `model.sources` with the weights of their directories, the others random.
+
+    Raises ValueError naming missing or mis-shaped tensors, or a corrupt file.
+    """
+    of_directory: dict[str, dict[str, ParamSpec]] = {}
+    for name, (directory, there) in model.sources.items():
+        spec = model.specs[name]
+        parts = tuple(there.removesuffix(name) + part for part in spec.parts) if there.endswith(name) else spec.parts
+        of_directory.setdefault(directory, {})[there] = replace(spec, parts=parts)
+    read = {}
+    for directory, specs in of_directory.items():
+        wanted = stored(specs)
+        entries = {name: entry for name, entry in read_index(directory).items() if name in wanted}
+        check_names(entries, specs, Path(directory))
+        read[directory] = values_from(entries)
+
+    def value(name: str, spec: ParamSpec, slices: tuple[slice, ...]) -> Tensor:
+        if name not in model.sources:
+            return initial(name, spec, seed)[slices]
+        directory, there = model.sources[name]
+        return read[directory](there, of_directory[directory][there], slices)
+
+    return make_state(model.specs, placements, mesh, value)
 
 
 def hf_config(hf: Mapping, dtype: torch.dtype | None) -> dict:

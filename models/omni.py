@@ -4,14 +4,16 @@
     foundation: {...}       # the config of any family of language models
     lr: 1.0                 # factor on the learning rate of the foundation; 0 freezes it
     encoders:
-      NAME: {type: vit, config: {...}, placeholder: 7, lr: 0.0, projector: mlp, projector_lr: 1.0}
+      NAME: {type: vit, config: {...}, placeholder: 7, lr: 0.0, projector: mlp, projector_lr: 1.0,
+             weights: DIRECTORY, weights_prefix: "model.encoder."}
     decoders:
       NAME: {type: codes, config: {...}, input: hidden, lr: 1.0, weight: 1.0}
 
 An encoder's outputs, projected, stand in for the embeddings of its placeholder tokens; those of encoders that share a
 placeholder are added. A decoder reads the foundation's hidden states, or the stream of the decoder that `input` names,
 and adds a loss. `type` is a module of encoders/ or decoders/, or the path of a file like them. Parameters are
-called as in the foundation, `encoders.NAME.`, `projectors.NAME.` and `decoders.NAME.`.
+called as in the foundation, `encoders.NAME.`, `projectors.NAME.` and `decoders.NAME.`. What has `weights`, the
+foundation too, starts with the tensors of that directory whose names begin with `weights_prefix`.
 """
 
 import importlib
@@ -32,6 +34,7 @@ from ..specs import ParamSpec, normal, zeros
 from . import fields
 
 PROJECTORS = ("linear", "mlp", "none")
+OF_PART = ("type", "config", "lr", "weights", "weights_prefix")
 
 # Small enough to try: an image of patches, and text.
 PRESETS = {
@@ -89,6 +92,7 @@ class OmniConfig:
     lr: float
     encoders: Mapping[str, Encoder]
     decoders: Mapping[str, Decoder]
+    weights: Mapping[str, tuple[str, str]]  # prefix of our names -> directory, and the prefix there
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -97,16 +101,21 @@ class OmniConfig:
 
 
 def config(hf: Mapping) -> OmniConfig:
-    known = ("model_type", "foundation", "lr", "encoders", "decoders")
+    known = ("model_type", "foundation", "lr", "encoders", "decoders", "weights")
     _only(hf, (*known, "architectures", "dtype", "transformers_version"), "of an omni model")
     inner = fields.read(hf, "foundation")
     if not isinstance(inner, Mapping) or not isinstance(inner.get("model_type"), str):
         fields.refuse("foundation", inner, "the config of a language model, with its model_type")
     module = _module("", inner["model_type"], ("specs", "config", "forward"))
     foundation = module.config(inner)
-    encoders, decoders = {}, {}
+    encoders, decoders, weights = {}, {}, {}
+    if hf.get("weights") is not None:
+        weights[""] = (hf["weights"], "")
     for name, part in _parts(hf, "encoders"):
-        _only(part, ("type", "config", "placeholder", "lr", "projector", "projector_lr"), f"of the encoder {name}")
+        of_encoder = ("placeholder", "projector", "projector_lr")
+        _only(part, (*of_encoder, *OF_PART), f"of the encoder {name}")
+        if part.get("weights") is not None:
+            weights[f"encoders.{name}."] = (part["weights"], part.get("weights_prefix") or "")
         encoder = _module("encoders", fields.read(part, "type"), ("specs", "blank", "encode", "items"))
         placeholder = fields.read(part, "placeholder")
         if type(placeholder) is not int or not 0 <= placeholder < foundation.vocab:
@@ -123,7 +132,9 @@ def config(hf: Mapping) -> OmniConfig:
         )
     widths = {"hidden": foundation.hidden}
     for name, part in _parts(hf, "decoders"):
-        _only(part, ("type", "config", "input", "lr", "weight"), f"of the decoder {name}")
+        _only(part, ("input", "weight", *OF_PART), f"of the decoder {name}")
+        if part.get("weights") is not None:
+            weights[f"decoders.{name}."] = (part["weights"], part.get("weights_prefix") or "")
         if name in encoders or name in (*widths, "loss", "tokens"):
             fields.refuse("decoders", name, "a name that nothing else in the model has")
         decoder = _module("decoders", fields.read(part, "type"), ("specs", "blank", "decode", "width"))
@@ -135,7 +146,7 @@ def config(hf: Mapping) -> OmniConfig:
             decoder, cfg, stream, widths[stream], factor(part, "lr", name), factor(part, "weight", name)
         )
         widths[name] = decoder.width(cfg, widths[stream])
-    return OmniConfig(module, foundation, factor(hf, "lr", "the foundation"), encoders, decoders)
+    return OmniConfig(module, foundation, factor(hf, "lr", "the foundation"), encoders, decoders, weights)
 
 
 def factor(part: Mapping, key: str, where: str) -> float:
@@ -284,6 +295,16 @@ def raw_items(part: Encoder, raws) -> list[Item]:
 def outputs(items: list[Item]) -> int:
     """How many placeholder tokens these items are for."""
     return sum(int((item.slots >= 0).sum()) for item in items)
+
+
+def sources(cfg: OmniConfig) -> dict[str, tuple[str, str]]:
+    """Of the parameters that start with published weights: the directory, and the name there."""
+    out = {}
+    for prefix, (directory, there) in cfg.weights.items():
+        for name in specs(cfg):
+            if name.startswith(prefix) if prefix else not name.startswith(("encoders.", "projectors.", "decoders.")):
+                out[name] = (directory, there + name.removeprefix(prefix))
+    return out
 
 
 def targets(batch: Mapping[str, Tensor], cfg: OmniConfig) -> dict[str, Tensor]:
