@@ -29,7 +29,7 @@ from torch import Tensor
 from ..files import import_file
 from ..items import Item, seat
 from ..loss import IGNORE
-from ..ops import Ops, Output, fill_batch
+from ..ops import Ops, Output, fill_batch, layer_params
 from ..specs import ParamSpec, normal, zeros
 from . import fields
 
@@ -215,16 +215,11 @@ def _project(p: Mapping[str, Tensor], prefix: str, y: Tensor, part: Encoder, ops
     return y
 
 
-def fields_of(batch: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The batch's tensors called `name.…`, by the rest of their names."""
-    return {key[len(name) + 1 :]: t for key, t in batch.items() if key.startswith(f"{name}.")}
-
-
 def forward(p: Mapping[str, Tensor], batch: Mapping[str, Tensor], cfg: OmniConfig, ops: Ops) -> Output:
     levels: list[Tensor] = []
     placed = torch.zeros_like(batch["segment_ids"], dtype=torch.bool)
     for name, part in cfg.encoders.items():
-        y = part.module.encode(p, f"encoders.{name}", fields_of(batch, name), part.cfg, ops)
+        y = part.module.encode(p, f"encoders.{name}", layer_params(batch, name), part.cfg, ops)
         y = ops.place(_project(p, f"projectors.{name}", y, part, ops), batch, name)
         placed = placed | (batch[f"{name}.source"] >= 0)
         for level, of_level in enumerate(y.unbind(2) if y.ndim == 4 else [y]):
@@ -236,7 +231,7 @@ def forward(p: Mapping[str, Tensor], batch: Mapping[str, Tensor], cfg: OmniConfi
     streams, losses = {"hidden": out.hidden}, {}
     for name, part in cfg.decoders.items():
         streams[name], losses[name] = part.module.decode(
-            p, f"decoders.{name}", streams[part.input], fields_of(batch, name), part.cfg, ops
+            p, f"decoders.{name}", streams[part.input], layer_params(batch, name), part.cfg, ops
         )
     return out._replace(losses=losses)
 
@@ -260,7 +255,7 @@ def prepare(inputs: Mapping, cfg: OmniConfig) -> dict:
             )
     batch = fill_batch({key: value for key, value in inputs.items() if key not in cfg.encoders})
     for name, part in cfg.decoders.items():
-        if not fields_of(batch, name):
+        if not layer_params(batch, name):
             fields = part.module.blank(part.cfg, tuple(batch["segment_ids"].shape))
             batch |= {f"{name}.{field}": t for field, t in fields.items()}
     batch["items"] = {
@@ -310,7 +305,7 @@ def sources(cfg: OmniConfig) -> dict[str, tuple[str, str]]:
 def targets(batch: Mapping[str, Tensor], cfg: OmniConfig) -> dict[str, Tensor]:
     found = {"loss": (batch["labels"] != IGNORE).sum()}
     for name, part in cfg.decoders.items():
-        of_decoder = fields_of(batch, name)
+        of_decoder = layer_params(batch, name)
         if hasattr(part.module, "count"):
             found[name] = part.module.count(of_decoder, part.cfg)
         else:
