@@ -7,7 +7,8 @@ for every mesh and world size, and all that a resumed run needs to go on where i
 import functools
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -42,8 +43,33 @@ class Dataset(NamedTuple):
         return -(-len(self.ids) // self.seq_len)
 
 
-class Data(NamedTuple):
-    """What a run needs of its text."""
+@dataclass(frozen=True)
+class Data:
+    """What a run asks of its data, whatever it is made of.
+
+    A global batch holds tensors [B, S, ...] (`input_ids`, `labels`, `position_ids`, `segment_ids` and what else the
+    model's `prepare` makes), `row_...` ones [B, ...] and, under "items", {encoder: [Item]}: see `collate`.
+
+    batch: (index, batch_size, seed) -> the global batch that follows after `index` rows have been consumed. A pure
+        function, called in a thread ahead of use, on every rank.
+    heldout: (batch_size, limit) -> batches that are not trained on, the first `limit` of them (None: all), in order.
+        Rows fill the last one up to batch_size, or it is smaller.
+    digest: hexadecimal; equal digests and seeds mean equal batches.
+    describe: for the header, as "1,000 tokens of x.txt, 50 held out".
+    save: writes what belongs beside the weights (tokenizer, processor) into a checkpoint's directory.
+    sample: (job, state) -> a line to print after the last step. Every rank calls it.
+    """
+
+    batch: Callable[[int, int, int], Mapping]
+    heldout: Callable[[int, int | None], Iterable[Mapping]]
+    digest: str
+    describe: str
+    save: Callable[[Path], None] | None = None
+    sample: Callable[..., str] | None = None
+
+
+class Text(NamedTuple):
+    """Text as tokens."""
 
     tokenizer: Tokenizer
     eos: tuple[int, ...]  # ids that end a text; the first one separates the documents
@@ -54,7 +80,7 @@ class Data(NamedTuple):
 
 def prepare(
     data: str | Path | None, directory: Path | None, vocab: int, seq_len: int, cache_dir: Path | None = None
-) -> Data:
+) -> Text:
     """Tokenizer and tokens for `--data` (None: Python's own standard library), 5% of it held out.
 
     The tokenizer is that of the Hugging Face `directory` if it has one, else one trained on the
@@ -93,7 +119,7 @@ def prepare(
             f"{corpus.name}: too little text, its {len(train.ids)} training and {len(heldout.ids)} held-out tokens "
             f"do not fill one row of {seq_len} and begin another; give more text, or a smaller --seq-len"
         )
-    return Data(tokenizer, eos, train, heldout, digest)
+    return Text(tokenizer, eos, train, heldout, digest)
 
 
 def _save_arrays(arrays: dict[str, np.ndarray], folder: Path) -> None:

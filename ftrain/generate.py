@@ -1,12 +1,13 @@
 """A short sample from the model as it stands, on the mesh that trains it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 
 from .collectives import all_gather
 from .job import Job
+from .ops import Output
 from .parallel import Gathered
 from .state import State
 from .step import local
@@ -49,3 +50,20 @@ def generate(
         if ids[-1] in stop:
             break
     return ids[len(prompt) :]
+
+
+def forward(job: Job, state: State, batch: Mapping) -> Output:
+    """The model on this rank's part of a global batch, without gradients. Every rank must call it."""
+    raise NotImplementedError
+
+
+def complete(
+    job: Job, state: State, batch: Mapping, n: int, stop: Sequence[int] = (), *, temperature: float = 0.0, seed: int = 0
+) -> list[list[int]]:
+    """Up to `n` tokens after each row of a global batch (`Data`), without the token of `stop` that ended them.
+
+    Rows may be of different lengths, filled up on the right (`collate` of prepared prompts, with their items); of a
+    row of several segments the last goes on. The same on every mesh. Every rank must call it.
+    Without a cache: each token is one forward of all rows. temperature: 0 takes the likeliest token.
+    """
+    raise NotImplementedError
