@@ -35,7 +35,7 @@ from .layout import Placements
 from .model import Model
 from .pretrained import FILE_BYTES, hf_config
 from .safetensors_io import Layout, make_header, make_index, read_values, write_file
-from .specs import ParamSpec, Specs, stored, trainable
+from .specs import ParamSpec, Specs, stored, to_stored, trainable
 from .state import State, gather_to, make_state, own_slices
 
 _KINDS = ("model", "mu", "nu")
@@ -95,7 +95,7 @@ class File(NamedTuple):
 
 def kinds(specs: Specs) -> dict[str, dict[str, ParamSpec]]:
     """What a checkpoint holds: the parameters in Hugging Face's names, the moments in our own, experts stacked."""
-    stacked = {name: replace(spec, parts=()) for name, spec in trainable(specs).items()}
+    stacked = {name: replace(spec, parts=(), within=None) for name, spec in trainable(specs).items()}
     return {"model": dict(specs), "mu": stacked, "nu": stacked}
 
 
@@ -110,7 +110,8 @@ def share_out(specs: Specs, ranks: int, file_bytes: int = FILE_BYTES) -> list[Fi
             rank = (2 * before + spec.numel) * ranks // (2 * total)  # the share that its middle falls in
             before += spec.numel
             size += 4 * spec.numel
-            if not groups or groups[-1][0] != rank or size > file_bytes:
+            shared = spec.within and groups and spec.within.name in stored(groups[-1][1])  # a tensor is in one file
+            if not groups or not shared and (groups[-1][0] != rank or size > file_bytes):
                 groups.append((rank, {}))
                 size = 4 * spec.numel
             groups[-1][1][name] = spec
@@ -199,14 +200,9 @@ def write_share(tmp: Path, state: State, files: list[File], rank: int) -> dict[s
     def write() -> dict[str, int]:
         tensors = arriving()
 
-        def pieces(file: File) -> Iterator[Tensor]:
-            for spec in file.specs.values():
-                tensor = next(tensors)
-                yield from tensor.unbind() if spec.parts else [tensor]
-
         try:
             mine = [file for file in files if file.rank == rank]
-            return {file.path: write_file(tmp / file.path, file.layout, pieces(file)) for file in mine}
+            return {f.path: write_file(tmp / f.path, f.layout, to_stored(f.specs, tensors)) for f in mine}
         finally:
             for _ in tensors:  # after a failure the gathers go on, since other ranks take part in them
                 pass

@@ -78,13 +78,14 @@ def config(hf: Mapping, **names) -> VisionConfig:
 
 
 def _norm(name: str, size: int) -> dict[str, ParamSpec]:
-    return {f"{name}.{part}": ParamSpec((size,), init, decay=False) for part, init in (("weight", ones), ("bias", zeros))}
+    weight, bias = (ParamSpec((size,), init, decay=False) for init in (ones, zeros))
+    return {f"{name}.weight": weight, f"{name}.bias": bias}
 
 
 def specs(cfg: VisionConfig, prefix: str) -> dict[str, ParamSpec]:
-    H, std = cfg.hidden, cfg.std
+    H, std, patch = cfg.hidden, cfg.std, (cfg.channels, cfg.frames, cfg.patch, cfg.patch)
     out = {
-        f"{prefix}.patch_embed.proj.weight": ParamSpec((H, cfg.channels, cfg.frames, cfg.patch, cfg.patch), normal(std)),
+        f"{prefix}.patch_embed.proj.weight": ParamSpec((H, *patch), normal(std)),
         f"{prefix}.patch_embed.proj.bias": ParamSpec((H,), zeros, decay=False),
         f"{prefix}.pos_embed.weight": ParamSpec((cfg.positions, H), normal(std), active=0.0),
     }
@@ -102,7 +103,7 @@ def specs(cfg: VisionConfig, prefix: str) -> dict[str, ParamSpec]:
 
 
 def _mergers(cfg: VisionConfig, prefix: str) -> list[tuple[str, int]]:
-    """Each merger's name and the size of its norm: the last layer's patches are normed one by one, the others' merged."""
+    """Each merger's name and its norm's size: patches of the last layer are normed one by one, the others' merged."""
     deep = [(f"{prefix}.{cfg.mergers}.{level}", cfg.hidden * cfg.merge**2) for level in range(len(cfg.deepstack))]
     return [(f"{prefix}.merger", cfg.hidden), *deep]
 
@@ -194,7 +195,7 @@ def patches(raw: Tensor, cfg: VisionConfig) -> tuple[Tensor, tuple[int, int, int
     T, C, height, width = raw.shape
     block = cfg.patch * cfg.merge
     if C != cfg.channels or height % block or width % block:
-        raise ValueError(f"an image of {[C, height, width]}: it must have {cfg.channels} channels and sides of {block}s")
+        raise ValueError(f"an image is {[C, height, width]}: it must have {cfg.channels} channels, sides of {block}s")
     raw = torch.cat([raw, raw[-1:].expand(-T % cfg.frames, -1, -1, -1)])
     t, h, w, m = len(raw) // cfg.frames, height // cfg.patch, width // cfg.patch, cfg.merge
     raw = raw.reshape(t, cfg.frames, C, h // m, m, cfg.patch, w // m, m, cfg.patch)
