@@ -85,9 +85,11 @@ def hf_config(hf: Mapping, dtype: torch.dtype | None) -> dict:
     if "torch_dtype" in hf and named:  # the name that transformers had for it before
         named["torch_dtype"] = named["dtype"]
     if not hf.get("architectures"):
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as classes
+        from transformers.models.auto import modeling_auto as auto
 
-        named["architectures"] = [classes[hf["model_type"]]]
+        classes = {**auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, **auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+        if hf["model_type"] in classes:
+            named["architectures"] = [classes[hf["model_type"]]]
     return {**hf, **named}
 
 

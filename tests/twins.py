@@ -16,14 +16,15 @@ def first_preset(family: str) -> dict:
 def twin(hf: dict, seed: int = 0, dtype=torch.float32):
     """The transformers model of a config, with weights large enough that every part of it matters."""
     config = transformers.AutoConfig.for_model(**hf)
-    model = transformers.AutoModelForCausalLM.from_config(
-        config, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
-    )
+    of_text = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    auto = transformers.AutoModelForCausalLM if of_text else transformers.AutoModelForMultimodalLM
+    model = auto.from_config(config, dtype=dtype, attn_implementation="eager", experts_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            p.copy_(1 + noise / 4 if name.endswith("norm.weight") else noise * (0.5 if p.ndim == 1 else 0.2))
+            norm = p.ndim == 1 and name.endswith("weight")
+            p.copy_(1 + noise / 4 if norm else noise * (0.5 if p.ndim == 1 else 0.2))
     return model.eval()
 
 
