@@ -195,7 +195,8 @@ def patches(raw: Tensor, cfg: VisionConfig) -> tuple[Tensor, tuple[int, int, int
     T, C, height, width = raw.shape
     block = cfg.patch * cfg.merge
     if C != cfg.channels or height % block or width % block:
-        raise ValueError(f"an image is {[C, height, width]}: it must have {cfg.channels} channels, sides of {block}s")
+        needed = f"{cfg.channels} channels, and sides that {block} divides"
+        raise ValueError(f"an image is {[C, height, width]}: it must have {needed}")
     raw = torch.cat([raw, raw[-1:].expand(-T % cfg.frames, -1, -1, -1)])
     t, h, w, m = len(raw) // cfg.frames, height // cfg.patch, width // cfg.patch, cfg.merge
     raw = raw.reshape(t, cfg.frames, C, h // m, m, cfg.patch, w // m, m, cfg.patch)
