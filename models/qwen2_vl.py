@@ -31,11 +31,12 @@ def config(hf: Mapping, tower: ModuleType = qwen2_vision, rate: float | None = N
     text = dict(hf.get("text_config") or hf)
     text["tie_word_embeddings"] = any(fields.flag(part, "tie_word_embeddings", False) for part in (hf, text))
     base = qwen2.config({"rms_norm_eps": 1e-5, "rope_theta": 1e6, **text})  # transformers' defaults
-    if len(set(base.rope.axes)) > 3 or not base.rope.axes or max(base.rope.axes) > 2:
-        fields.refuse("mrope_section", None, "three numbers, of time, height and width")
+    if not base.rope.axes or max(base.rope.axes) > 2:
+        axes = sorted(set(base.rope.axes)) or None
+        fields.refuse("mrope_section", axes, "three numbers, of the pairs that time, height and width turn")
     vision = tower.config(fields.read(hf, "vision_config"))
-    if vision.out != base.hidden:
-        fields.refuse("hidden_size", base.hidden, f"{vision.out}, the width of what the vision tower gives")
+    if vision.width != base.hidden:
+        fields.refuse("hidden_size", base.hidden, f"{vision.width}, the width of what the vision tower gives")
     tokens = {kind: fields.size(hf, f"{kind}_token_id", 151655 + i) for i, kind in enumerate(INPUTS)}
     for kind, token in tokens.items():
         if token >= base.vocab or list(tokens.values()).count(token) > 1:
@@ -97,7 +98,7 @@ def _grids(inputs: Mapping, kind: str) -> Tensor:
 def _coordinates(sizes: list, kind: str, seconds, cfg: VLConfig) -> list[Tensor]:
     """Each grid's tokens [n, 3], counted from its first."""
     if seconds is not None and len(seconds) != len(sizes):
-        raise ValueError(f"second_per_grid_ts has {len(seconds)} numbers: it must have one for each of {len(sizes)} videos")
+        raise ValueError(f"second_per_grid_ts has {len(seconds)} numbers for {len(sizes)} videos: one each is needed")
     steps = [1.0] * len(sizes)
     if kind == "video" and cfg.rate is not None:
         steps = [cfg.rate * float(second) for second in (seconds if seconds is not None else steps)]

@@ -26,12 +26,13 @@ class VisionConfig(qwen2_vision.VisionConfig):
     full: tuple[bool, ...]  # per layer, whether it looks at the whole picture
 
 
-def config(hf: Mapping) -> VisionConfig:
-    """From a config's `vision_config`. Raises ValueError, naming key and value, for what is missing or impossible."""
+def config(hf: Mapping, **names) -> VisionConfig:
+    """From a config's `vision_config`; `names` of the attention's `projections`, as the family has them. Raises
+    ValueError, naming key and value, for what is missing or impossible."""
     if fields.read(hf, "hidden_act", "silu") != "silu":
         fields.refuse("hidden_act", hf["hidden_act"], "'silu'")
-    width, side = fields.size(hf, "hidden_size"), fields.size(hf, "window_size", 112)
-    same = qwen2_vision.common(hf, width)
+    hidden, side = fields.size(hf, "hidden_size"), fields.size(hf, "window_size", 112)
+    same = qwen2_vision.common(hf, hidden)
     window = side // same["merge"] // same["patch"] * same["merge"]
     if not window:
         fields.refuse("window_size", side, f"at least {same['merge'] * same['patch']} pixels, a group of patches")
@@ -40,8 +41,8 @@ def config(hf: Mapping) -> VisionConfig:
     if not isinstance(full, (list, tuple)) or any(type(layer) is not int for layer in full):
         fields.refuse("fullatt_block_indexes", full, "a list of layers")
     return VisionConfig(
-        width=width, inner=fields.size(hf, "intermediate_size", 3420), out=fields.size(hf, "out_hidden_size", 3584),
-        window=window, full=tuple(layer in full for layer in layers), **same,
+        hidden=hidden, inner=fields.size(hf, "intermediate_size", 3420), width=fields.size(hf, "out_hidden_size", 3584),
+        window=window, full=tuple(layer in full for layer in layers), **same, **names,
     )  # fmt: skip
 
 
@@ -50,7 +51,7 @@ def specs(cfg: VisionConfig, prefix: str) -> dict[str, ParamSpec]:
         return {f"{name}.weight": ParamSpec((width,), ones, decay=False)}
 
     def mlp(cfg: VisionConfig, name: str) -> dict[str, ParamSpec]:
-        up, down = (cfg.inner, cfg.width, True, cfg.std), (cfg.width, cfg.inner, True, cfg.std)
+        up, down = (cfg.inner, cfg.hidden, True, cfg.std), (cfg.hidden, cfg.inner, True, cfg.std)
         gated = projection(f"{name}.gate_proj", *up) | projection(f"{name}.up_proj", *up)
         return gated | projection(f"{name}.down_proj", *down)
 

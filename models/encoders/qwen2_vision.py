@@ -28,9 +28,9 @@ TOKENS_OF_IMAGE, TOKENS_OF_VIDEO = (4, 1280), (128, 768)
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    width: int
+    hidden: int
     inner: int
-    out: int  # the width of what it gives
+    width: int  # of the outputs
     layers: int
     heads: int
     channels: int
@@ -39,6 +39,7 @@ class VisionConfig:
     merge: int  # a group's side, in patches
     theta: float
     std: float
+    projections: tuple[str, ...] = ("qkv",)  # of attention: one for all three, or three
 
     @property
     def group(self) -> int:
@@ -50,18 +51,18 @@ def config(hf: Mapping) -> VisionConfig:
     """From a config's `vision_config`. Raises ValueError, naming key and value, for what is missing or impossible."""
     if fields.read(hf, "hidden_act", "quick_gelu") != "quick_gelu":
         fields.refuse("hidden_act", hf["hidden_act"], "'quick_gelu'")
-    width = fields.size(hf, "embed_dim", 1280)
+    hidden = fields.size(hf, "embed_dim", 1280)
     return VisionConfig(
-        width=width, out=fields.size(hf, "hidden_size"), inner=int(width * fields.number(hf, "mlp_ratio", 4)),
-        **common(hf, width),
+        hidden=hidden, width=fields.size(hf, "hidden_size"), inner=int(hidden * fields.number(hf, "mlp_ratio", 4)),
+        **common(hf, hidden),
     )  # fmt: skip
 
 
-def common(hf: Mapping, width: int) -> dict:
-    """The fields that Qwen's towers name alike."""
+def common(hf: Mapping, hidden: int) -> dict:
+    """The fields that both versions name alike."""
     heads = fields.size(hf, "num_heads", 16)
-    if width % (4 * heads):
-        fields.refuse("num_heads", heads, f"such that 4 * num_heads divides the width, {width}: rope turns quarters of heads")
+    if hidden % (4 * heads):
+        fields.refuse("num_heads", heads, f"such that the size of a head of {hidden} is a multiple of 4, for rope")
     rope = hf.get("rope_parameters") or {}
     if rope.get("rope_type", "axial") not in ("axial", "default"):
         fields.refuse("rope_type", rope["rope_type"], "'axial' in a vision tower")
@@ -85,27 +86,28 @@ def norm_specs(name: str, width: int) -> dict[str, ParamSpec]:
 
 
 def mlp_specs(cfg: VisionConfig, name: str) -> dict[str, ParamSpec]:
-    up = projection(f"{name}.fc1", cfg.inner, cfg.width, True, cfg.std)
-    return up | projection(f"{name}.fc2", cfg.width, cfg.inner, True, cfg.std)
+    up = projection(f"{name}.fc1", cfg.inner, cfg.hidden, True, cfg.std)
+    return up | projection(f"{name}.fc2", cfg.hidden, cfg.inner, True, cfg.std)
 
 
 def specs(
     cfg: VisionConfig, prefix: str, norm: Callable = norm_specs, mlp: Callable = mlp_specs
 ) -> dict[str, ParamSpec]:
     """Every parameter, by the names of the published checkpoints. norm, mlp: the specs of those parts."""
-    width, grouped = cfg.width, cfg.width * cfg.group
+    hidden, grouped = cfg.hidden, cfg.hidden * cfg.group
     first = f"{prefix}.patch_embed.proj"
-    patches = projection(first, width, cfg.channels * cfg.frames * cfg.patch**2, False, cfg.std)[f"{first}.weight"]
-    shape = (width, cfg.channels, cfg.frames, cfg.patch, cfg.patch)
+    patches = projection(first, hidden, cfg.channels * cfg.frames * cfg.patch**2, False, cfg.std)[f"{first}.weight"]
+    shape = (hidden, cfg.channels, cfg.frames, cfg.patch, cfg.patch)
     out = {f"{first}.weight": ParamSpec(shape, patches.init)}
     for layer in range(cfg.layers):
         at = f"{prefix}.blocks.{layer}"
-        out |= norm(f"{at}.norm1", width) | norm(f"{at}.norm2", width)
-        out |= projection(f"{at}.attn.qkv", 3 * width, width, True, cfg.std)
-        out |= projection(f"{at}.attn.proj", width, width, True, cfg.std) | mlp(cfg, f"{at}.mlp")
-    out |= norm(f"{prefix}.merger.ln_q", width)
+        out |= norm(f"{at}.norm1", hidden) | norm(f"{at}.norm2", hidden)
+        for name in cfg.projections:
+            out |= projection(f"{at}.attn.{name}", len(name) * hidden, hidden, True, cfg.std)
+        out |= projection(f"{at}.attn.proj", hidden, hidden, True, cfg.std) | mlp(cfg, f"{at}.mlp")
+    out |= norm(f"{prefix}.merger.ln_q", hidden)
     out |= projection(f"{prefix}.merger.mlp.0", grouped, grouped, True, cfg.std)
-    return out | projection(f"{prefix}.merger.mlp.2", cfg.out, grouped, True, cfg.std)
+    return out | projection(f"{prefix}.merger.mlp.2", cfg.width, grouped, True, cfg.std)
 
 
 def blank(cfg: VisionConfig) -> Item:
@@ -136,8 +138,9 @@ def tower(
     cos, sin = rope_tables(x["position"], cfg)
 
     def block(q, y, layer):
-        qkv = project(q, "attn.qkv", norm(q, "norm1", y), ops).unflatten(-1, (3, cfg.heads, -1))
-        query, key, value = qkv[None].unbind(2)
+        normed = norm(q, "norm1", y)
+        qkv = [t for name in cfg.projections for t in project(q, f"attn.{name}", normed, ops).chunk(len(name), -1)]
+        query, key, value = (t.unflatten(-1, (cfg.heads, -1))[None] for t in qkv)
         query, key = (rotate(t.float(), cos, sin).to(t.dtype) for t in (query, key))
         seen = ops.local_attention(query, key, value, masks[layer])
         y = y + project(q, "attn.proj", seen[0].flatten(1), ops)
@@ -145,13 +148,13 @@ def tower(
 
     y = ops.linear(x["patches"].to(first.dtype), first)
     y, _ = ops.scan(block, p, f"{prefix}.blocks", cfg.layers, y)
-    y = norm(p, f"{prefix}.merger.ln_q", y).reshape(-1, cfg.group * cfg.width)
+    y = norm(p, f"{prefix}.merger.ln_q", y).reshape(-1, cfg.group * cfg.hidden)
     return project(p, f"{prefix}.merger.mlp.2", F.gelu(project(p, f"{prefix}.merger.mlp.0", y, ops)), ops)
 
 
 def rope_tables(position: Tensor, cfg: VisionConfig) -> tuple[Tensor, Tensor]:
     """cos and sin [P, 1, D/2]: half of a head's pairs are turned by a patch's row, half by its column."""
-    half = cfg.width // cfg.heads // 2
+    half = cfg.hidden // cfg.heads // 2
     freq = cfg.theta ** -(torch.arange(0, half, 2, device=position.device, dtype=torch.float32) / half)
     angles = (position[..., None].float() * freq).flatten(1)[:, None]
     return angles.cos(), angles.sin()
