@@ -20,7 +20,7 @@ from .data import collate
 from .items import on_one_device
 from .job import Job, make_job
 from .mesh import Mesh
-from .model import Model
+from .model import Model, families, find_model
 from .ops import Output, plain
 from .optim import AdamW, Schedule
 from .plan import Plan
@@ -37,6 +37,7 @@ RECIPE = Recipe(AdamW(lr=0.1, eps=0.003, clip=0.5), Schedule(steps=10, warmup=2)
 # Of a tensor's largest element. Runs of the same mathematics differ by a few 1e-6.
 TOLERANCE = 3e-5
 
+SMALL_ENOUGH = 1_000_000  # parameters of a model that is trained as it is
 # A small config of any family, of sizes that most meshes cut unevenly, or into empty pieces.
 SMALL = {
     "vocab_size": 131, "hidden_size": 24, "intermediate_size": 30, "moe_intermediate_size": 12,
@@ -120,6 +121,23 @@ def mixed_batch(model: Model, rows: int, seed: int, kinds: Sequence[int] | None 
         labels = torch.randint(model.cfg.vocab, absent.shape, generator=generator)
         batch["labels"] = labels.masked_fill(absent, -100)
     return batch
+
+
+def small_model(model: Model) -> Model:
+    """What is trained in a model's place: itself where it is small; else its config with small numbers or, of a family
+    that takes more than text, its first preset."""
+    if model.examples is None:
+        return find_model(shrink(model.hf))
+    if sum(spec.numel for spec in model.specs.values()) <= SMALL_ENOUGH:
+        return model
+    return find_model(next(iter(families()[model.family].PRESETS.values())))
+
+
+def random_batches(model: Model, n: int, rows: int = 5, length: int = 11) -> list[dict]:
+    """Global batches of rows (and of text columns) that no mesh divides: some ranks hold nothing but padding."""
+    if model.examples is None:
+        return [random_batch(model.cfg.vocab, rows, length, seed) for seed in range(n)]
+    return [mixed_batch(model, rows, seed) for seed in range(n)]
 
 
 def values(name: str, spec: ParamSpec) -> Tensor:
@@ -275,7 +293,8 @@ def deviations(found: Sequence[Run], expected: Run, model: Model) -> list[Differ
     )
     for kind, ours, theirs, scale in kinds:
         # A gradient may be zero but for the rounding of larger ones (of queries, where nobody sees a second token).
-        floor = 0.1 * float(torch.stack([scale[name].abs().max() for name in expected.gradients]).median())
+        sizes = torch.stack([scale[name].abs().max() for name in expected.gradients])
+        floor = 0.1 * float(sizes[sizes > 0].median()) if sizes.any() else 1.0
         for name, tensor in theirs.items():
             out.append(_largest(f"{kind} {name}", ours[name], tensor, max(float(scale[name].abs().max()), floor)))
     for name, value in expected.metrics.items():

@@ -10,12 +10,15 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from twins import first_preset
 
 from ftrain import check
-from ftrain.equivalence import deviations, differences, random_batch, run_mesh, run_plain, shrink
+from ftrain.equivalence import (
+    deviations, differences, mixed_batch, random_batch, random_batches, run_mesh, run_plain, small_model,
+)  # fmt: skip
 from ftrain.mesh import AXES, Mesh
 from ftrain.model import families, find_model
 from ftrain.parallel import kv_repeats
 from ftrain.plan import ask, find_plan, plan_names
 
+MULTIMODAL = [family for family, module in families().items() if hasattr(module, "examples")]
 PAIRS = [(plan, family) for plan in plan_names() for family in families()]
 
 
@@ -23,7 +26,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(family="qwen3_moe", **other):
-    return find_model(shrink(first_preset(family)) | other)
+    """The small model that a family is trained as; `other` fields of a config of text alone."""
+    model = small_model(find_model(first_preset(family)))
+    return find_model(model.hf | other) if other else model
 
 
 def batches(n=1, rows=5, length=11, **other):
@@ -43,14 +48,27 @@ def held(model, plan, mesh, data, **how):
 
 @pytest.mark.parametrize("plan, family", PAIRS)
 def test_every_plan_on_every_model_by_arithmetic(plan, family):
-    model, plan = find_model(first_preset(family) | {"num_hidden_layers": 3}), find_plan(plan)
+    text = {} if find_model(first_preset(family)).examples else {"num_hidden_layers": 3}
+    model, plan = find_model(first_preset(family) | text), find_plan(plan)
     for invariant in (check.total, check.well_formed, check.pure):
         invariant(plan, model)
 
 
 @pytest.mark.parametrize("plan, family", PAIRS)
 def test_every_plan_trains_every_model_as_one_device_does(plan, family):
-    held(small(family), plan, Mesh(2, 2, 2), batches(1))
+    model = small(family)
+    held(model, plan, Mesh(2, 2, 2), random_batches(model, 1))
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+@pytest.mark.parametrize("mesh, how", [(Mesh(1, 2, 1), {}), (Mesh(3, 1, 1), {"accumulate": 2}), (Mesh(1, 1, 2), {"replica": 2})])
+def test_each_kind_of_sample_alone_and_mixed(family, mesh, how):
+    """Text alone, an image on one rank only, ...: ranks without items take part, and nothing is lost or counted twice."""
+    model = small(family)
+    kinds = range(len(model.examples(torch.Generator().manual_seed(0))))
+    data = [mixed_batch(model, 3, seed=kind, kinds=[kind]) for kind in kinds] + [mixed_batch(model, 4, 9, list(kinds))]
+    for batch in data:
+        held(model, "fsdp_sp_ep", mesh, [batch], **how)
 
 
 @pytest.mark.parametrize("plan", plan_names())
