@@ -33,6 +33,7 @@ class Model:
     weights: of the losses, where not 1.
     sources: of parameters that start with weights from elsewhere: the directory, and the name there.
     examples: generator -> random inputs, such as `prepare` takes, one for each kind of sample; None: text alone.
+    ignored: what the names of a checkpoint's tensors begin with that are of parts which the family leaves out.
     """
 
     family: str
@@ -46,11 +47,13 @@ class Model:
     weights: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     examples: Callable[..., list[dict]] | None = None
+    ignored: tuple[str, ...] = ()
 
 
 FAMILY = ("PRESETS", "config", "specs", "forward")  # what a family's module has
 # What it may have besides, when it takes or gives more than text: of (inputs, cfg), of (cfg, ...), of cfg alone.
 OF_INPUTS, OF_GENERATOR, OF_CFG = ("prepare", "targets"), ("examples",), ("blanks", "weights", "sources")
+# And: ALIASES, other `model_type`s that are this family's; IGNORED, see Model.ignored.
 
 
 def families() -> dict[str, Any]:
@@ -148,6 +151,7 @@ def _from_config(hf: dict) -> Model:
     known, family = families(), hf.get("model_type")
     if family is None and (wanted := hf.get("_class_name")) is not None:  # diffusers' configs have this instead
         family = next((n for n, module in known.items() if getattr(module, "CLASS_NAME", None) == wanted), wanted)
+    family = next((n for n, module in known.items() if family in getattr(module, "ALIASES", ())), family)
     if family not in list(known):  # a list, because the value may be anything that JSON can hold
         if family in list(modules := _modules()):
             _check_family(modules[family])
@@ -157,6 +161,7 @@ def _from_config(hf: dict) -> Model:
     more = {name: partial(getattr(module, name), cfg=cfg) for name in OF_INPUTS if hasattr(module, name)}
     more |= {name: partial(getattr(module, name), cfg) for name in OF_GENERATOR if hasattr(module, name)}
     more |= {name: getattr(module, name)(cfg) for name in OF_CFG if hasattr(module, name)}
+    more["ignored"] = getattr(module, "IGNORED", ())
     return Model(family, hf, cfg, module.specs(cfg), lambda p, batch, ops: module.forward(p, batch, cfg, ops), **more)
 
 

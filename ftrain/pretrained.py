@@ -38,7 +38,7 @@ def load_pretrained(directory: str | os.PathLike) -> tuple[Model, dict[str, Tens
     if not os.path.isdir(directory):  # also of a preset's name, which has no weights
         raise FileNotFoundError(f"{directory} is not a directory: weights are read from a Hugging Face directory")
     model = find_model(Path(directory))
-    values = read_values(directory, model.specs)
+    values = read_values(directory, model.specs, ignored=model.ignored)
     everything = {name: tuple(slice(0, n) for n in spec.shape) for name, spec in model.specs.items()}
     return model, {name: values(name, model.specs[name], slices) for name, slices in everything.items()}
 
@@ -48,7 +48,7 @@ def init_from(directory: str | os.PathLike, model: Model, placements: Placements
 
     Raises ValueError naming missing, extra or mis-shaped tensors, or a corrupt file.
     """
-    return make_state(model.specs, placements, mesh, read_values(directory, model.specs))
+    return make_state(model.specs, placements, mesh, read_values(directory, model.specs, ignored=model.ignored))
 
 
 def init_from_sources(model: Model, placements: Placements, mesh: DeviceMesh, seed: int) -> State:

@@ -113,13 +113,13 @@ def _within(spec: ParamSpec) -> Within | None:
     return Within(f"{match['experts']}.gate_up_proj", 2 * rows, rows if match["projection"] == "up" else 0)
 
 
-def check_names(entries: Mapping[str, Entry], specs: Specs, where: object) -> None:
+def check_names(entries: Mapping[str, Entry], specs: Specs, where: object, ignored: tuple[str, ...] = ()) -> None:
     """Raises one ValueError that counts missing, extra, mis-shaped and mis-typed tensors, and names them.
 
     All of them where they are few, the first of each kind where they are many.
 
     Not extra: the output matrix of a model that ties it to the embedding, and the rotary
-    frequencies that old checkpoints hold; both are computed.
+    frequencies that old checkpoints hold; both are computed. Nor what begins with one of `ignored`.
     """
     wanted: dict[str, tuple[int, ...]] = {}
     for name, spec in specs.items():
@@ -133,7 +133,7 @@ def check_names(entries: Mapping[str, Entry], specs: Specs, where: object) -> No
     both = [name for name in wanted if name in entries]
     problems = {
         "missing": [f"{name} {list(shape)}" for name, shape in wanted.items() if name not in entries],
-        "extra": [name for name in entries if name not in wanted and name not in computed],
+        "extra": [n for n in entries if n not in wanted and n not in computed and not n.startswith(ignored)],
         "mis-shaped": [
             f"{name} is {list(entries[name].shape)} instead of {list(wanted[name])}"
             for name in both
@@ -192,10 +192,10 @@ def values_from(entries: Mapping[str, Entry]) -> Values:
     return values
 
 
-def read_values(directory: Path, specs: Specs, kind: str = "model") -> Values:
+def read_values(directory: Path, specs: Specs, kind: str = "model", ignored: tuple[str, ...] = ()) -> Values:
     """The values of `specs` in a directory, for make_state. Raises as read_index and check_names do."""
     entries = read_index(directory, kind)
-    check_names(entries, specs, directory)
+    check_names(entries, specs, directory, ignored)
     return values_from(entries)
 
 
