@@ -37,11 +37,16 @@ def config(hf: Mapping, tower: ModuleType = qwen2_vision, rate: float | None = N
     vision = tower.config(fields.read(hf, "vision_config"))
     if vision.width != base.hidden:
         fields.refuse("hidden_size", base.hidden, f"{vision.width}, the width of what the vision tower gives")
+    return VLConfig(**vars(base), vision=vision, tokens=placeholders(hf, base.vocab), rate=rate)
+
+
+def placeholders(hf: Mapping, vocab: int) -> dict[str, int]:
+    """The token that stands for each of INPUTS."""
     tokens = {kind: fields.size(hf, f"{kind}_token_id", 151655 + i) for i, kind in enumerate(INPUTS)}
     for kind, token in tokens.items():
-        if token >= base.vocab or list(tokens.values()).count(token) > 1:
-            fields.refuse(f"{kind}_token_id", token, f"a token of its own below vocab_size = {base.vocab}")
-    return VLConfig(**vars(base), vision=vision, tokens=tokens, rate=rate)
+        if token >= vocab or list(tokens.values()).count(token) > 1:
+            fields.refuse(f"{kind}_token_id", token, f"a token of its own below vocab_size = {vocab}")
+    return tokens
 
 
 def specs(cfg: VLConfig, tower: ModuleType = qwen2_vision) -> dict[str, ParamSpec]:

@@ -4,23 +4,19 @@ decoder (deepstack). Checked against transformers' `Qwen3VLForConditionalGenerat
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..items import Item, seat
-from ..ops import Ops, Output, fill_batch
+from ..items import Item
+from ..ops import Ops, Output, layer_params
 from ..specs import ParamSpec
-from . import decoder, fields, qwen3
+from . import decoder, fields, qwen2_vl, qwen3
 from .decoder import DecoderConfig
 from .encoders import qwen3_vision as vision
-from .mrope import coordinates, grid
 
-TEXT, IMAGE, VIDEO = range(3)  # kinds of tokens
 NAMES = {"prefix": "model.language_model", "head": "lm_head.weight"}
-INPUTS = ((IMAGE, "pixel_values", "image_grid_thw"), (VIDEO, "pixel_values_videos", "video_grid_thw"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +24,8 @@ class Sight:
     """What these families have beside their decoder's fields."""
 
     vision: vision.VisionConfig
-    image_token: int
-    video_token: int
+    tokens: Mapping[str, int]  # the placeholders, of "image" and of "video"
+    rate: None = None  # time is told by the text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +36,12 @@ class Qwen3VLConfig(DecoderConfig, Sight):
 def text_config(hf: Mapping) -> dict:
     """The decoder's config: the nested one, with transformers' defaults, tied where the whole says so."""
     text = fields.read(hf, "text_config")
-    turned = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    sections = {"mrope_section": [24, 20, 20], **turned, "mrope_interleaved": True}  # interleaved whatever it says
-    sections.setdefault("rope_theta", fields.read(text, "rope_theta", 500_000.0))
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    rope = {"mrope_section": [24, 20, 20], **rope, "mrope_interleaved": True}  # interleaved whatever it says
+    rope.setdefault("rope_theta", fields.read(text, "rope_theta", 500_000.0))
     rest = {key: value for key, value in text.items() if key not in ("rope_scaling", "rope_parameters")}
     tied = fields.flag(hf, "tie_word_embeddings", False)
-    return {"max_position_embeddings": 128_000, **rest, "rope_parameters": sections, "tie_word_embeddings": tied}
+    return {"max_position_embeddings": 128_000, **rest, "rope_parameters": rope, "tie_word_embeddings": tied}
 
 
 def sight(hf: Mapping, base: DecoderConfig) -> dict[str, Any]:
@@ -54,13 +50,9 @@ def sight(hf: Mapping, base: DecoderConfig) -> dict[str, Any]:
     if seen.width != base.hidden:
         fields.refuse("out_hidden_size", seen.width, f"the decoder's hidden_size = {base.hidden}")
     if len(seen.deepstack) > base.layers:
-        fields.refuse("deepstack_visual_indexes", list(seen.deepstack), f"as many as num_hidden_layers = {base.layers}")
-    tokens = {}
-    for kind, default in (("image", 151655), ("video", 151656)):
-        tokens[f"{kind}_token"] = token = fields.size(hf, f"{kind}_token_id", default)
-        if token >= base.vocab:
-            fields.refuse(f"{kind}_token_id", token, f"below vocab_size = {base.vocab}")
-    return {"vision": seen, **tokens}
+        deep = list(seen.deepstack)
+        fields.refuse("deepstack_visual_indexes", deep, f"at most num_hidden_layers = {base.layers} layers")
+    return {"vision": seen, "tokens": qwen2_vl.placeholders(hf, base.vocab)}
 
 
 def config(hf: Mapping) -> Qwen3VLConfig:
@@ -82,98 +74,37 @@ def forward(p: Mapping[str, Tensor], batch: Mapping[str, Tensor], cfg: Qwen3VLCo
 
 def see(p: Mapping[str, Tensor], batch: Mapping[str, Tensor], cfg: Sight, ops: Ops) -> dict:
     """The batch with what the decoder takes of the encoder."""
-    packed = {name.removeprefix("visual."): t for name, t in batch.items() if name.startswith("visual.")}
-    levels = ops.place(vision.encode(p, "model.visual", packed, cfg.vision, ops), batch, "visual").unbind(2)
-    return {**batch, "embeddings": levels[0], "placed": batch["visual.source"] >= 0, "deep": levels[1:]}
-
-
-# --- From a processor's output to a batch
+    seen = vision.encode(p, "model.visual", layer_params(batch, "visual"), cfg.vision, ops)
+    last, *deep = ops.place(seen, batch, "visual").unbind(2)
+    return {**batch, "embeddings": last, "placed": batch["visual.source"] >= 0, "deep": deep}
 
 
 def prepare(inputs: Mapping, cfg: Sight) -> dict:
-    """Raises ValueError where images or videos do not match their placeholder tokens."""
-    given = inputs.get("position_ids")
-    # [B, S]; or one for each axis; or the place in the document, then one for each axis
-    text = {key: inputs[key] for key in ("input_ids", "labels", "attention_mask", "segment_ids") if key in inputs}
-    if given is not None and (given.ndim == 2 or len(given) == 4):
-        text["position_ids"] = given if given.ndim == 2 else given[0]
-    batch = fill_batch(text)
-    ids = batch["input_ids"]
-    kinds = torch.zeros_like(ids)
-    for kind, token in ((IMAGE, cfg.image_token), (VIDEO, cfg.video_token)):
-        kinds[(ids == token) & (batch["segment_ids"] >= 0)] = kind
-
-    found, grids = [], {}
-    for kind, pixels, thw in INPUTS:
-        made, sizes = [], inputs.get(thw)
-        if inputs.get(pixels) is not None:
-            if sizes is None:
-                raise ValueError(f"{pixels} come without {thw}, which says how many patches high and wide each is")
-            made = vision.from_processor(inputs[pixels], sizes, cfg.vision)
-        found += seat(made, (kinds.flatten() == kind).nonzero()[:, 0], pixels)
-        # Each frame is a span of its own, with text between that tells its time.
-        frames = torch.as_tensor(sizes).tolist() if made else []
-        grids[kind] = iter([(h // cfg.vision.merge, w // cfg.vision.merge) for t, h, w in frames for _ in range(t)])
-    if given is None:
-        at = torch.stack([_row(*row, grids) for row in zip(kinds.cpu(), batch["segment_ids"].cpu())]).to(ids.device)
-    else:
-        at = given[..., None].expand(*given.shape, 3) if given.ndim == 2 else given[-3:].permute(1, 2, 0)
-    return {**batch, "position_ids": at, "items": {"visual": found}}
-
-
-def _row(kinds: Tensor, segments: Tensor, grids: Mapping) -> Tensor:
-    """Positions [S, 3] of a row, each document's from 0 on; of padding 0."""
-    runs, lengths = torch.unique_consecutive(torch.stack([segments, kinds]), return_counts=True, dim=1)
-    row = []
-    for segment, document in groupby(zip(*runs.tolist(), lengths.tolist()), key=lambda run: run[0]):
-        pieces = [piece for _, kind, n in document for piece in ([n] if kind == TEXT else _frames(n, grids[kind]))]
-        row.append(coordinates(pieces) if segment >= 0 else torch.zeros(sum(pieces), 3, dtype=torch.long))
-    return torch.cat(row)
-
-
-def _frames(tokens: int, grids) -> list[Tensor]:
-    """The coordinates of the images or frames that a run of placeholder tokens stands for."""
-    pieces, rest = [], tokens
-    while rest > 0:
-        h, w = next(grids)
-        rest -= h * w
-        pieces.append(grid(1, h, w))
-    if rest:
-        raise ValueError(f"a run of {tokens} placeholder tokens ends within an image or frame, of {h * w} tokens")
-    return pieces
-
-
-# --- Samples and presets
+    """As Qwen2-VL's, each frame of a video a span of its own: between them stands their time, as text."""
+    if inputs.get("video_grid_thw") is not None:
+        grids = torch.as_tensor(inputs["video_grid_thw"])
+        alone = grids.repeat_interleave(grids[:, 0], 0)
+        inputs = {**inputs, "video_grid_thw": torch.cat([torch.ones_like(alone[:, :1]), alone[:, 1:]], 1)}
+    return qwen2_vl.prepare(inputs, cfg, vision)
 
 
 def examples(cfg: Sight, generator: torch.Generator) -> list[dict]:
-    """Text alone, an image, two images, a video, an image and a video."""
-    return [_sample(kinds, cfg, generator) for kinds in ([], [IMAGE], [IMAGE, IMAGE], [VIDEO], [IMAGE, VIDEO])]
+    """As Qwen2-VL's."""
+    return [_apart(example, cfg) for example in qwen2_vl.examples(cfg, generator)]
 
 
-def _sample(kinds: list[int], cfg: Sight, generator: torch.Generator) -> dict:
-    special, made = (cfg.image_token, cfg.video_token), {IMAGE: [], VIDEO: []}
-
-    def words(least: int) -> list[int]:
-        n = least + int(torch.randint(6, (), generator=generator))
-        drawn = torch.randint(cfg.vocab, (n,), generator=generator).tolist()
-        return [0 if token in special else token for token in drawn]
-
-    ids = words(4)
-    for kind in kinds:
-        raw = vision.example(cfg.vision, generator, video=kind == VIDEO)
-        patches, (t, h, w) = vision.patches(raw, cfg.vision)
-        made[kind].append((patches, (t, h, w)))
+def _apart(example: dict, cfg: Sight) -> dict:
+    """Qwen2-VL's example with a token of text before each frame of a video but the first."""
+    ids, kinds, start = example["input_ids"][0].tolist(), example["mm_token_type_ids"][0].tolist(), 0
+    for t, h, w in example.get("video_grid_thw", torch.zeros(0, 3, dtype=torch.long)).tolist():
+        start = ids.index(cfg.tokens["video"], start)
         for _ in range(t):
-            ids += [special[kind - 1]] * (h * w // cfg.vision.merge**2) + words(1)
-    tokens = torch.tensor([ids])
-    out = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    out["mm_token_type_ids"] = IMAGE * (tokens == special[0]) + VIDEO * (tokens == special[1])
-    for kind, pixels, thw in INPUTS:
-        if made[kind]:
-            patches, grids = zip(*made[kind])
-            out |= {pixels: torch.cat(patches), thw: torch.tensor(grids)}
-    return out
+            start += h * w // cfg.vision.group
+            ids.insert(start, 1)
+            kinds.insert(start, 0)
+            start += 1
+    ids, kinds = torch.tensor([ids]), torch.tensor([kinds])
+    return {**example, "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}
 
 
 def published(family: str, text: Mapping, seen: Mapping, tied: bool) -> dict:

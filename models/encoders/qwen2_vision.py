@@ -134,8 +134,23 @@ def tower(
     norm: Callable, mlp: Callable, masks: Sequence,
 ) -> Tensor:  # fmt: skip
     """What the versions share. norm: (parameters, name, y) -> y; mlp: (parameters, y) -> y; masks: of each layer."""
+    y, _ = blocks(p, prefix, embed(p, prefix, x, ops), x["position"], cfg, ops, norm, mlp, masks)
+    y = norm(p, f"{prefix}.merger.ln_q", y).reshape(-1, cfg.group * cfg.hidden)
+    return project(p, f"{prefix}.merger.mlp.2", F.gelu(project(p, f"{prefix}.merger.mlp.0", y, ops)), ops)
+
+
+def embed(p: Mapping[str, Tensor], prefix: str, x: Mapping[str, Tensor], ops: Ops) -> Tensor:
+    """The patches [P, hidden] that the layers take."""
     first = p[f"{prefix}.patch_embed.proj.weight"].flatten(1)  # a convolution whose stride is its kernel
-    cos, sin = rope_tables(x["position"], cfg)
+    return ops.linear(x["patches"].to(first.dtype), first, p.get(f"{prefix}.patch_embed.proj.bias"))
+
+
+def blocks(
+    p: Mapping[str, Tensor], prefix: str, y: Tensor, position: Tensor, cfg: VisionConfig, ops: Ops,
+    norm: Callable, mlp: Callable, masks: Sequence, read: Sequence[int] = (),
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """The layers: y [P, hidden] -> the last one's output, and those of the layers in `read`."""
+    cos, sin = rope_tables(position, cfg)
 
     def block(q, y, layer):
         normed = norm(q, "norm1", y)
@@ -144,12 +159,11 @@ def tower(
         query, key = (rotate(t.float(), cos, sin).to(t.dtype) for t in (query, key))
         seen = ops.local_attention(query, key, value, masks[layer])
         y = y + project(q, "attn.proj", seen[0].flatten(1), ops)
-        return y + mlp(q, norm(q, "norm2", y)), None
+        y = y + mlp(q, norm(q, "norm2", y))
+        return y, (y if layer in read else None)
 
-    y = ops.linear(x["patches"].to(first.dtype), first)
-    y, _ = ops.scan(block, p, f"{prefix}.blocks", cfg.layers, y)
-    y = norm(p, f"{prefix}.merger.ln_q", y).reshape(-1, cfg.group * cfg.hidden)
-    return project(p, f"{prefix}.merger.mlp.2", F.gelu(project(p, f"{prefix}.merger.mlp.0", y, ops)), ops)
+    y, outputs = ops.scan(block, p, f"{prefix}.blocks", cfg.layers, y)
+    return y, [output for output in outputs if output is not None]
 
 
 def rope_tables(position: Tensor, cfg: VisionConfig) -> tuple[Tensor, Tensor]:
@@ -186,9 +200,12 @@ def from_processor(pixels: Tensor, grids: Tensor, cfg: VisionConfig) -> list[Ite
     return out
 
 
-def items(raw: np.ndarray | Tensor, cfg: VisionConfig, tokens: tuple[int, int] | None = None) -> list[Item]:
+def items(
+    raw: np.ndarray | Tensor, cfg: VisionConfig, tokens: tuple[float, float] | None = None, colours=(MEAN, DEVIATION)
+) -> list[Item]:
     """A picture uint8 [H, W, 3], or a video's frames [T, H, W, 3], resized so that a step has `tokens` tokens, at
-    least and at most. Raises ValueError for what is neither."""
+    least and at most. colours: what is taken off each, of 0..1, and divided by. Raises ValueError for what is neither.
+    """
     raw = np.asarray(raw)
     if raw.dtype != np.uint8 or raw.ndim not in (3, 4) or raw.shape[-1] != 3 or not raw.size:
         raise ValueError(f"{raw.dtype} {list(raw.shape)} is no picture: it must be uint8 [H, W, 3], or [T, H, W, 3]")
@@ -196,7 +213,8 @@ def items(raw: np.ndarray | Tensor, cfg: VisionConfig, tokens: tuple[int, int] |
     sizes = resized(*raw.shape[-3:-1], cfg.patch * cfg.merge, tokens or (TOKENS_OF_IMAGE if still else TOKENS_OF_VIDEO))
     frames = np.stack([_resize(frame, sizes) for frame in (raw[None] if still else raw)])
     frames = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % cfg.frames, 0)])
-    scaled = (frames.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(DEVIATION)
+    mean, deviation = map(np.float32, colours)
+    scaled = (frames.astype(np.float32) / 255 - mean) / deviation
     return from_processor(*patchify(torch.from_numpy(scaled), cfg), cfg)
 
 
@@ -209,7 +227,7 @@ def patchify(frames: Tensor, cfg: VisionConfig) -> tuple[Tensor, Tensor]:
     return patches, torch.tensor([[t, h, w]])
 
 
-def resized(height: int, width: int, multiple: int, tokens: tuple[int, int]) -> tuple[int, int]:
+def resized(height: int, width: int, multiple: int, tokens: tuple[float, float]) -> tuple[int, int]:
     """The nearest size of whole multiples and about the same proportions, within so many tokens (multiple ** 2 pixels
     each). Raises ValueError where one side is over 200 times the other."""
     if max(height, width) > 200 * min(height, width):
