@@ -142,7 +142,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _features_of(time: Tensor, size: int) -> Tensor:
     """time [B] in [0, 1] -> [B, size] fp32: cosines, then sines."""
     half = size // 2
-    freq = torch.exp(torch.arange(half, device=time.device) * (-math.log(THETA) / half))
+    freq = torch.exp(-math.log(THETA) * torch.arange(half, device=time.device) / half)
     angle = TIMES * time.float()[:, None] * freq
     return torch.cat((angle.cos(), angle.sin()), -1)
 
