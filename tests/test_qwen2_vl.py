@@ -85,25 +85,11 @@ def configs(draw, family: str) -> dict:
     }
 
 
-def together(rows: list[dict], side: str) -> dict:
-    """Rows as one batch, padded on one side."""
-    S = max(row["input_ids"].shape[1] for row in rows)
-    out = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        parts = [row[name] for row in rows if name in row]
-        if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
-            more = [S - part.shape[1] for part in parts]
-            pads = [(n, 0) if side == "left" else (0, n) for n in more]
-            parts = [torch.nn.functional.pad(part, pad) for part, pad in zip(parts, pads, strict=True)]
-        out[name] = torch.cat(parts)
-    return out
-
-
 def hold(hf: dict, rows: list[dict], side: str = "right", tolerance: float = 3e-5) -> tuple[float, float]:
     """Parity on a batch of rows. The twin computes positions itself, except after videos that last longer than they
     are wide: there transformers 5 goes back in time, unlike its documentation, its version 4 and the published code."""
     model, theirs = find_model(hf), make_twin(hf)
-    inputs = together(rows, side)
+    inputs = twins.together(rows, side)
     ours = model.prepare(inputs)["position_ids"].movedim(-1, 0)
     extra = {}
     if "video_grid_thw" in inputs:

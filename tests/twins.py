@@ -87,3 +87,17 @@ def same_gradients(params: dict, theirs, rename=our_names, tolerance: float = 3e
         assert error <= tolerance, f"the gradient of {name} is off by {error}"
         worst = max(worst, error)
     return worst
+
+
+def together(rows: list[dict], side: str) -> dict:
+    """Rows as one batch, padded on one side."""
+    S = max(row["input_ids"].shape[1] for row in rows)
+    out = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        parts = [row[name] for row in rows if name in row]
+        if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            more = [S - part.shape[1] for part in parts]
+            pads = [(n, 0) if side == "left" else (0, n) for n in more]
+            parts = [torch.nn.functional.pad(part, pad) for part, pad in zip(parts, pads, strict=True)]
+        out[name] = torch.cat(parts)
+    return out
