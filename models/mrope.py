@@ -1,5 +1,8 @@
 """Positions of multimodal rope (arXiv 2409.12191): text counts along all axes alike, a piece of another modality
-spreads over them, and what follows goes on after the largest coordinate so far."""
+spreads over them, and what follows goes on after its largest height or width.
+
+So says transformers 5, which the models are held to; the paper counts the time too, which is another number for
+a video of more steps than rows and columns."""
 
 from collections.abc import Iterable
 
@@ -21,5 +24,5 @@ def coordinates(pieces: Iterable[int | Tensor]) -> Tensor:
         own = torch.arange(piece)[:, None].expand(-1, 3) if isinstance(piece, int) else piece
         if len(own):
             out.append(own + start)
-            start = int(out[-1].max()) + 1
+            start += int(own[:, 1:].max()) + 1
     return torch.cat(out) if out else torch.zeros(0, 3, dtype=torch.long)
