@@ -54,7 +54,7 @@ def configs(draw, family: str) -> dict:
         experts = draw(st.integers(2, 5))
         text |= {
             "num_experts": experts,
-            "num_experts_per_tok": draw(st.integers(2, experts)),  # the weight of one alone would be 1, without gradient
+            "num_experts_per_tok": draw(st.integers(2, experts)),  # of one alone the weight is 1, without gradient
             "moe_intermediate_size": draw(st.integers(3, 12)),
             "mlp_only_layers": draw(st.lists(st.integers(0, layers - 1), unique=True, max_size=layers - 1)),
             "norm_topk_prob": draw(st.booleans()),  # which the twin does not read
@@ -90,7 +90,7 @@ def test_parity(family, data):
     hf = data.draw(configs(family))
     model = find_model(hf)
     example = model.examples(drawn(data.draw(st.integers(0, 99))))[data.draw(st.integers(0, 4))]
-    twins.parity(model, twins.twin(hf), example)
+    twins.parity(model, twins.twin(hf), example, tolerance=1e-4)
 
 
 @both
@@ -101,7 +101,8 @@ def test_every_kind_of_sample(family, kind):
     inputs = model.examples(drawn(5))[kind]
     if kind:
         given = {name: t for name, t in inputs.items() if not name.startswith("pixel")}
-        assert torch.equal(model.prepare(inputs)["position_ids"].movedim(-1, 0), theirs.model.get_rope_index(**given)[0])
+        at = model.prepare(inputs)["position_ids"].movedim(-1, 0)
+        assert torch.equal(at, theirs.model.get_rope_index(**given)[0])
     twins.parity(model, theirs, inputs)
 
 
