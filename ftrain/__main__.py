@@ -9,7 +9,7 @@ import tyro
 
 from . import config, launch
 
-DESCRIPTION = """Train a language model. Every flag has a default: `python -m ftrain --plan fsdp_sp_ep` is a whole run.
+DESCRIPTION = """Train a model, of text or of images and sounds too. Every flag has a default: `python -m ftrain --plan fsdp_sp_ep` is a whole run.
 
 Other commands, each with its own --help: `check` holds a sharding plan to its invariants;
 `export` writes a checkpoint's model as a plain Hugging Face directory.
@@ -22,8 +22,13 @@ def train(argv: Sequence[str]) -> int:
     """Train: the command without a name."""
     pre = argparse.ArgumentParser(prog=config.PROGRAM, add_help=False, allow_abbrev=False)
     pre.add_argument("--config")
+    pre.add_argument("--recipe")
     given, rest = pre.parse_known_args(argv)
+    if given.config and given.recipe:
+        raise ValueError("--config excludes --recipe: a run's configuration names its own")
     default = config.load(given.config) if given.config else config.TrainConfig()
+    if given.recipe:
+        default = config.with_recipe(default, given.recipe)
     cfg = config.parse(rest, default, DESCRIPTION)
     config.validate(cfg)
     return launch.launch(_train, cfg, [sys.executable, "-m", "ftrain", *argv])

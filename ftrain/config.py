@@ -18,6 +18,8 @@ from typing import Annotated, Literal, TypeVar
 
 import tyro
 
+from . import recipes
+
 PROGRAM = "python -m ftrain"
 
 T = TypeVar("T")
@@ -36,13 +38,20 @@ def _plan_metavar() -> str:
 class Task:
     """What is trained, on what, for how long."""
 
+    recipe: Annotated[str | None, tyro.conf.arg(prefix_name=False, metavar="|".join([*recipes.names(), "FILE.py"]))] = None
+    """A whole run by name: its model, its data, and defaults of its own for all flags."""
     model: Flat[str] = "qwen3-moe-tiny"
-    """A preset's name, or a directory with a Hugging Face config.json (and weights, if present)."""
+    """A preset's name, a directory with a Hugging Face config.json (and weights, if present), or a YAML or JSON
+    file that composes one."""
     init: Flat[str | None] = None
     """Directory with Hugging Face weights (safetensors) to start from; None: the weights in --model's
     directory if there are any, else random ones."""
     data: Flat[str | None] = None
-    """Text or JSONL file to train on; None: the source of Python's standard library."""
+    """Text to train on, or JSONL with "text" or with "messages" (and "images", "audios", "videos") on each line;
+    None: the source of Python's standard library."""
+    tokenizer: Flat[str | None] = None
+    """Directory with the tokenizer (and the processor of images, ...); None: the one with the weights, else one is
+    trained on the text."""
     steps: Flat[int] = 200
     """Optimizer steps of the whole run, those before a resume included."""
     seq_len: Flat[int] = 256
@@ -111,6 +120,10 @@ class Optimizer:
     """Decoupled decay of matrices; norms and biases have none."""
     clip: Flat[float] = 1.0
     """Largest global gradient norm; inf: no clipping."""
+    freeze: Flat[tuple[str, ...]] = ()
+    """Parameters that stay as they are: their names, or how these begin, or patterns with * (model.visual *.bias)."""
+    lr_factor: Annotated[tuple[str, ...], tyro.conf.arg(prefix_name=False, metavar="NAME=FACTOR")] = ()
+    """Factors on the learning rate of parameters named in the same way (encoders.image=0.1); the last that fits holds."""
     router_aux_loss: Flat[float | None] = None
     """Coefficient of the experts' load-balancing loss; None: the one in the model's config."""
     router_z_loss: Flat[float] = 0.0
@@ -227,7 +240,11 @@ def from_json(text: str, where: str = "config") -> TrainConfig:
         if key not in known:
             raise ValueError(f"{where} has an unknown key {key!r}{did_you_mean(key, known)}")
     # Through the flags, so that a file's values are held to the same types.
-    return parse([part for key, value in named.items() for part in (flag(key), str(value))])
+    return parse([part for key, value in named.items() for part in (flag(key), *_words(value))])
+
+
+def _words(value) -> list[str]:
+    return [str(v) for v in value] if isinstance(value, list) else [str(value)]
 
 
 def load(path: str) -> TrainConfig:
@@ -240,8 +257,20 @@ def load(path: str) -> TrainConfig:
 def resolved(cfg: TrainConfig, accelerated: bool) -> TrainConfig:
     """`cfg` with the defaults filled in that depend on the machine and the model."""
     precision = cfg.precision or ("bf16" if accelerated else "fp32")
-    out = cfg.out or str(Path("runs") / Path(cfg.model).resolve().name)
+    path = Path(cfg.recipe or cfg.model).resolve()
+    out = cfg.out or str(Path("runs") / (path.stem if path.suffix in (".yaml", ".yml", ".json", ".py") else path.name))
     return dataclasses.replace(cfg, precision=precision, out=out)
+
+
+def with_recipe(cfg: TrainConfig, name: str) -> TrainConfig:
+    """`cfg` with a recipe and its defaults. Raises ValueError and FileNotFoundError, naming it."""
+    values = recipes.defaults(name)
+    mesh = {key.removeprefix("mesh."): values.pop(key) for key in list(values) if key.startswith("mesh.")}
+    known = [f.name for f in fields(TrainConfig) if f.name not in ("mesh", "overwrite", "recipe")]
+    for key, names in [*((key, known) for key in values), *((key, [f.name for f in fields(MeshConfig)]) for key in mesh)]:
+        if key not in names:
+            raise ValueError(f"--recipe {name}: DEFAULTS has an unknown key {key!r}{did_you_mean(key, names)}")
+    return dataclasses.replace(cfg, recipe=name, mesh=dataclasses.replace(cfg.mesh, **mesh), **values)
 
 
 def flag(name: str) -> str:
@@ -254,6 +283,21 @@ def did_you_mean(name: str, names: Sequence[str]) -> str:
     lowered = {known.lower(): known for known in names}
     near = difflib.get_close_matches(name.lower(), lowered, n=1)
     return f"; did you mean {lowered[near[0]]}?" if near else ""
+
+
+def factors(pairs: Sequence[str]) -> list[tuple[str, float]]:
+    """NAME=FACTOR, ... -> (name, factor), ... Raises ValueError for what is no such pair."""
+    out = []
+    for pair in pairs:
+        name, _, value = pair.rpartition("=")
+        try:
+            factor = float(value)
+        except ValueError:
+            factor = -1.0
+        if not name or not 0 <= factor < math.inf:
+            raise ValueError(f"--lr-factor {pair}: must be NAME=FACTOR with a factor of 0 or more, as encoders.image=0.1")
+        out.append((name, factor))
+    return out
 
 
 # Which fields -> (what holds of a valid value, in words). None, where a field may be None, is valid.
@@ -281,6 +325,11 @@ def validate(cfg: TrainConfig) -> None:
         raise ValueError(f"--overwrite excludes --resume {cfg.resume}: give one of the two")
     if cfg.init is not None and not Path(cfg.init).is_dir():
         raise FileNotFoundError(f"--init {cfg.init}: must be a directory with Hugging Face weights")
+    if cfg.tokenizer is not None and not Path(cfg.tokenizer).is_dir():
+        raise FileNotFoundError(f"--tokenizer {cfg.tokenizer}: must be a directory with a tokenizer")
+    if cfg.recipe is not None:
+        recipes.file(cfg.recipe)
+    factors(cfg.lr_factor)
     if cfg.resume not in ("auto", "never") and not Path(cfg.resume).is_dir():
         raise FileNotFoundError(f"--resume {cfg.resume}: must be auto, never, or the directory of a checkpoint")
     if cfg.track == "wandb":

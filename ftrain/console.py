@@ -46,11 +46,12 @@ class Console:
             [(s.name, " x ".join(map(str, s.shape)), s.placements, bytes_(s.local_bytes)) for s in largest],
         )
 
-    def step(self, step: int, steps: int, *, loss: float, grad_norm: float, lr: float, tokens_per_s: float,
+    def step(self, step: int, steps: int, *, loss: float | None, grad_norm: float, lr: float, tokens_per_s: float,
              mfu: float | None, peak_memory_bytes: int, eta_s: float, **more: str) -> None:  # fmt: skip
-        """One line a step. mfu is a fraction, or None where the machine's peak is not known."""
+        """One line a step. loss: None of a model without one of this name. mfu is a fraction, or None where the
+        machine's peak or the model's work is not known."""
         parts = [
-            f"step {step:>{len(str(steps))}}/{steps}", f"loss {loss:.4f}", f"grad norm {grad_norm:.3f}",
+            f"step {step:>{len(str(steps))}}/{steps}", *([] if loss is None else [f"loss {loss:.4f}"]), f"grad norm {grad_norm:.3f}",
             f"lr {lr:.2e}", f"{si(tokens_per_s)} tokens/s", f"mfu {'-' if mfu is None else f'{mfu:.1%}'}",
             f"peak memory {bytes_(peak_memory_bytes)}", f"eta {clock(eta_s)}",
         ]  # fmt: skip

@@ -257,26 +257,59 @@ def collate(batches: Sequence[Mapping], seq_len: int | None = None) -> dict:
     S = seq_len or max(lengths)
     if max(lengths) > S:
         raise ValueError(f"a sample has {max(lengths)} tokens, but a row has {S}: give a larger --seq-len")
-    axes = max((batch["position_ids"].shape[2] for batch in batches if batch["position_ids"].ndim == 3), default=0)
-    names = dict.fromkeys(name for batch in batches for name in batch if name != "items")
-    columns: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    parts: list[dict[str, torch.Tensor]] = []
     items: dict[str, list[Item]] = {}
     first = 0
-    for batch, length in zip(batches, lengths, strict=True):
+    for batch, tensors, length in zip(batches, _alike(batches), lengths, strict=True):
         rows = batch["segment_ids"].shape[0]
-        for name, joined in columns.items():
+        parts.append(
+            {name: t if name.startswith("row_") else padded(name, t, rows, S) for name, t in tensors.items()}
+        )
+        for name, of_encoder in batch.get("items", {}).items():
+            items.setdefault(name, []).extend(_moved(item, length, S, first) for item in of_encoder)
+        first += rows
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | ({"items": items} if items else {})
+
+
+def in_one_row(batches: Sequence[Mapping]) -> dict:
+    """Batches of one row each, one after the other in one row, as segments that do not see each other.
+
+    Raises ValueError where there is something that a row has one of.
+    """
+    parts: list[dict[str, torch.Tensor]] = []
+    items: dict[str, list[Item]] = {}
+    column = segment = 0
+    for batch, tensors in zip(batches, _alike(batches), strict=True):
+        if len(batches) > 1 and (of_row := [name for name in tensors if name.startswith("row_")]):
+            raise ValueError(f"{of_row[0]} belongs to a whole row: samples that have it cannot share one")
+        own = tensors["segment_ids"]
+        parts.append(tensors | {"segment_ids": torch.where(own < 0, -1, own + segment)})
+        for name, of_encoder in batch.get("items", {}).items():
+            moved = (item._replace(slots=torch.where(item.slots < 0, -1, item.slots + column)) for item in of_encoder)
+            items.setdefault(name, []).extend(moved)
+        column += own.shape[1]
+        segment += int(own.max()) + 1
+    joined = {name: torch.cat([part[name] for part in parts], 0 if name.startswith("row_") else 1) for name in parts[0]}
+    return joined | ({"items": items} if items else {})
+
+
+def _alike(batches: Sequence[Mapping]) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of each batch: all of the same names, what one lacks being padding, and positions of as many axes."""
+    axes = max((batch["position_ids"].shape[2] for batch in batches if batch["position_ids"].ndim == 3), default=0)
+    like = {name: t for batch in reversed(batches) for name, t in batch.items() if name != "items"}
+    for batch in batches:
+        rows, columns = batch["segment_ids"].shape
+        tensors = {}
+        for name, other in like.items():
             if name not in batch:
-                like = next(other[name] for other in batches if name in other)
-                t = padded(name, like[:0, :0] if not name.startswith("row_") else like[:0], rows, 0)
+                by_row = name.startswith("row_")
+                t = padded(name, other[:0] if by_row else other[:0, :0], rows, None if by_row else columns)
             else:
                 t = batch[name]
             if name == "position_ids" and axes and t.ndim == 2:
                 t = t[..., None].expand(-1, -1, axes)
-            joined.append(t if name.startswith("row_") else padded(name, t, rows, S))
-        for name, of_encoder in batch.get("items", {}).items():
-            items.setdefault(name, []).extend(_moved(item, length, S, first) for item in of_encoder)
-        first += rows
-    return {name: torch.cat(joined) for name, joined in columns.items()} | ({"items": items} if items else {})
+            tensors[name] = t
+        yield tensors
 
 
 def _moved(item: Item, was: int, seq_len: int, rows: int) -> Item:

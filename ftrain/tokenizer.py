@@ -27,9 +27,10 @@ _PIECE = 1 << 16
 _RECIPE = f"byte-level bpe 1, {SAMPLE} characters, tokenizers {tokenizers_version}"
 # Any of these holds a vocabulary; all that exist travel with a checkpoint.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_FILES = (
+FILES = (
     *_VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "generation_config.json",
+    "chat_template.jinja", "chat_template.json", "generation_config.json", "processor_config.json",
+    "preprocessor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 
 
@@ -117,7 +118,7 @@ def save(tokenizer: Tokenizer, directory: Path, source: Path | None = None) -> N
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if source is not None and has_tokenizer(source):
-        for name in _FILES:
+        for name in FILES:
             if (Path(source) / name).is_file():
                 shutil.copyfile(Path(source) / name, directory / name)
         return

@@ -10,21 +10,18 @@ import torch.distributed as dist
 
 from ftrain import train
 
-CONFIG, MODEL = SimpleNamespace(data=None, seq_len=8), SimpleNamespace(cfg=SimpleNamespace(vocab=9))
-
 
 def prepare_on(rank, folder, digests, seconds):
     """The first rank tokenises for longer than any other collective may take."""
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=2))
 
-    def prepare(*args):
+    def make():
         time.sleep(0 if rank else seconds)
         return SimpleNamespace(digest=digests[rank])
 
-    train.prepare = prepare
     try:
-        data = train._prepare_on_one(CONFIG, None, MODEL, rank)
+        data = train._same_on_all(make, rank)
         assert digests[0] == digests[1] == data.digest
     except ValueError as error:
         assert digests[0] != digests[1] and "the ranks read different text" in str(error)

@@ -8,7 +8,7 @@ The first line of the file's docstring is what it does. The file has
 
     def model(cfg: TrainConfig) -> dict
         The model's config, with its `model_type` (a composition's too). Left out where `--model` says it, which DEFAULTS
-        may. It may convert or unpack weights into the cache (`ftrain.cache.cached`).
+        may set. It may convert or unpack weights into the cache (`ftrain.cache.cached`).
 
     def data(cfg: TrainConfig, model: Model, source: Path | None) -> Data
         See `ftrain.data.Data`. source: the directory that `--model` or `--init` names, if any.
@@ -26,11 +26,14 @@ They say what is missing in a sentence, by FileNotFoundError or ValueError: what
 `run.forward(batch)` is the model's `Output` on this rank's part of one.
 """
 
-import importlib.util
+import ast
+import importlib
+import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -69,3 +72,49 @@ class Run:
         from ..generate import forward
 
         return forward(self.job, self.state, batch)
+
+
+def names() -> list[str]:
+    """The recipes there are."""
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+
+
+def file(name: str) -> Path:
+    """Where a recipe is: one of `names()`, or the path of a file of the user's own.
+
+    Raises ValueError for an unknown name, FileNotFoundError for a file that is not there.
+    """
+    from ..config import did_you_mean
+
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"--recipe {name}: there is no such file")
+        return Path(name)
+    if name not in names():
+        raise ValueError(f"--recipe {name}: the recipes are {', '.join(names())}{did_you_mean(name, names())}")
+    return Path(__path__[0]) / f"{name.replace('-', '_')}.py"
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """A recipe's DEFAULTS, read without running its file. Raises ValueError where they are not a literal."""
+    path = file(name)
+    for statement in ast.parse(path.read_text("utf-8"), str(path)).body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else []
+        if any(isinstance(target, ast.Name) and target.id == "DEFAULTS" for target in targets):
+            try:
+                return dict(ast.literal_eval(statement.value))
+            except (TypeError, ValueError):
+                raise ValueError(f"{path}: DEFAULTS must be a literal, {{name: value, ...}}") from None
+    return {}
+
+
+def find(name: str) -> ModuleType:
+    """A recipe's module. Raises ValueError for one that has no `data`."""
+    from ..files import import_file
+
+    path = file(name)
+    in_folder = path.parent == Path(__path__[0])
+    module = importlib.import_module(f"{__name__}.{path.stem}") if in_folder else import_file(str(path), f"--recipe {name}")
+    if not hasattr(module, "data"):
+        raise ValueError(f"{path} lacks data: a recipe has DEFAULTS and data, and may have model, start and finish")
+    return module

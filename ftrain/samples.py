@@ -1,0 +1,517 @@
+"""Conversations with images, sounds and videos in them: JSONL, as users of multimodal models have it -> packed rows.
+
+Each line is an object with `messages` ({"role", "content"}) and, where they are used, `images`, `audios` and `videos`:
+lists of paths (from the file's folder), data URIs or base64. A content is a string with the markers <image>, <audio> and
+<video>, or a list of {"type": "text", "text": ...}, {"type": "image"}, ..., which may name what they show themselves:
+{"type": "image", "image": PATH}. Loss is taken on the assistant's turns alone.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from . import media, tokenizer
+from .cache import cache_root, cached, content_hash
+from .corpus import JSON_LINES
+from .data import Data, collate, epoch_order, in_one_row
+from .generate import complete
+from .loss import IGNORE
+from .model import Model
+
+HELDOUT = 0.05
+RATE = 16_000  # of sounds, where nothing says it
+KINDS = ("image", "audio", "video")
+_RECIPE = "samples 1"  # to change with what a sample is made into: its length is cached by it
+_MARKER = re.compile("<(" + "|".join(KINDS) + ")>")
+_MARKED = re.compile("\ue000(" + "|".join(KINDS) + ")\ue001")  # where there is no processor to say how
+
+Span = tuple[int, int]
+
+
+class Sample(NamedTuple):
+    """messages: contents are lists of {"type", "text"}. given: of each kind, what the contents refer to, in order."""
+
+    messages: list[dict]
+    given: dict[str, list]
+
+
+class Reader(NamedTuple):
+    """How samples become inputs of a model.
+
+    render: (messages, add_generation_prompt) -> text. encode: (text, spans of it, what is given) -> the model's
+    inputs for one row, and which of its tokens [S] lie in the spans. kinds: what may be given, beside text.
+    """
+
+    render: Callable[[list[dict], bool], str]
+    encode: Callable[[str, Sequence[Span], Mapping[str, list]], tuple[dict, torch.Tensor]]
+    kinds: Sequence[str]
+    rate: int  # samples of a sound, a second
+    tokenizer: Any  # transformers'
+
+    @property
+    def end(self) -> str | None:
+        """What ends a turn."""
+        return self.tokenizer.eos_token
+
+
+def are_samples(path: str | None) -> bool:
+    """Whether a file holds such lines, by its first."""
+    if path is None or not path.endswith(JSON_LINES) or not Path(path).is_file():
+        return False
+    with open(path, "rb") as file:
+        first = next((line for line in file if line.strip()), b"")
+    try:
+        record = json.loads(first)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and "messages" in record
+
+
+class Lines:
+    """A file's lines, read one by one as they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.starts, self.numbers, self.hashes = path, [], [], []
+        at = 0
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    self.starts.append(at)
+                    self.numbers.append(number)
+                    self.hashes.append(content_hash(line))
+                at += len(line)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def where(self, index: int) -> str:
+        return f"{self.path}, line {self.numbers[index]}"
+
+    def __getitem__(self, index: int) -> Any:
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[index])
+            line = file.readline()
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{self.where(index)}: not valid JSON ({error})") from None
+
+
+def prepare(path: str, model: Model, source: Path | None, seq_len: int, cache_dir: Path | None = None) -> Data:
+    """The samples of a file, 5% of them held out, packed into rows of `seq_len`.
+
+    source: the directory of the tokenizer or processor. Samples that are longer than a row are left out, and counted.
+    The first time, every sample is prepared once to know its length, which is cached by content.
+    Raises FileNotFoundError or ValueError, naming file and line, for samples that cannot be used.
+    """
+    lines = Lines(Path(path))
+    read = make_reader(model, source)
+    folder = lines.path.resolve().parent
+
+    def prepared(index: int, prompt: bool = False) -> dict:
+        try:
+            return to_batch(model, read, parse(lines[index], read.kinds), folder, prompt)
+        except (ValueError, OSError) as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"{lines.where(index)}: {error}") from error
+
+    sizes = [str(media.size(r, folder)) for i in range(len(lines)) for rs in _references(lines[i]) for r in rs]
+    files = [(source / name).read_bytes() for name in tokenizer.FILES if (source / name).is_file()]
+    digest = content_hash(_RECIPE, json.dumps(model.hf, sort_keys=True, default=str), *lines.hashes, *sizes, *files)
+
+    def measure() -> np.ndarray:
+        return np.array([prepared(i)["segment_ids"].shape[1] for i in range(len(lines))], np.int64)
+
+    lengths = cached(
+        Path(cache_dir or cache_root()), f"lengths-{digest}", measure,
+        lambda made, entry: np.save(entry / "lengths.npy", made), lambda entry: np.load(entry / "lengths.npy"),
+    )  # fmt: skip
+    fit = [i for i in range(len(lines)) if lengths[i] <= seq_len]
+    if len(fit) < 2:
+        shortest = int(lengths.argmin()) if len(lines) else None
+        why = f"its shortest ({lines.where(shortest)}) has {lengths[shortest]} tokens" if len(lines) else "it is empty"
+        raise ValueError(f"--data {path}: {len(fit)} samples fit a row of {seq_len} tokens, two are needed; {why}")
+    first = prepared(fit[0])
+    alone = any(name.startswith("row_") for name in first)
+    chosen = {*sorted(fit, key=lambda i: (lines.hashes[i], i))[: max(round(HELDOUT * len(fit)), 1)]}
+    train, heldout = (
+        pack([i for i in fit if (i in chosen) is held], lengths, 1 if alone else seq_len) for held in (False, True)
+    )
+
+    def rows(numbers: Sequence[Sequence[int]]) -> dict:
+        return collate([in_one_row([prepared(i) for i in row]) for row in numbers], seq_len)
+
+    def batch(index: int, batch_size: int, seed: int) -> dict:
+        epochs, at = np.divmod(np.arange(index, index + batch_size), len(train))
+        return rows([train[epoch_order(len(train), seed, int(e))[a]] for e, a in zip(epochs, at, strict=True)])
+
+    def of_heldout(batch_size: int, limit: int | None = None) -> Iterator[dict]:
+        for n, start in enumerate(range(0, len(heldout), batch_size)):
+            if n == limit:
+                return
+            yield rows(heldout[start : start + batch_size])
+
+    def show(job, state) -> str:
+        index = heldout[0][0]
+        prompt = prepared(index, prompt=True)
+        (tokens,) = complete(job, state, prompt, 48, [i for i in [read.tokenizer.eos_token_id] if i is not None])
+        messages = parse(lines[index], read.kinds).messages
+        *before, last = messages[: _last_turn(messages) + 1]
+        asked = before[-1] if before else {"content": []}
+        return f"{_text(asked)!r} -> {read.tokenizer.decode(tokens)!r}, where the data has {_text(last)!r}"
+
+    left_out = f", {len(lines) - len(fit)} longer than a row left out" if len(fit) < len(lines) else ""
+    full = sum(int(lengths[i]) for row in train for i in row) / (len(train) * seq_len)
+    return Data(
+        batch=batch, heldout=of_heldout, digest=digest,
+        describe=f"{len(fit) - len(chosen):,} samples of {path} in {len(train):,} rows, {full:.0%} full, "
+        f"{len(chosen):,} held out{left_out}",
+        save=partial(tokenizer.save, None, source=source), sample=show,
+    )  # fmt: skip
+
+
+def _references(record: Any) -> list[list]:
+    """What a line refers to, whole or not."""
+    if not isinstance(record, dict):
+        return []
+    found = [record.get(f"{kind}s") for kind in KINDS]
+    messages = record.get("messages")
+    for message in messages if isinstance(messages, list) else []:
+        content = message.get("content") if isinstance(message, dict) else None
+        for entry in content if isinstance(content, list) else []:
+            found.append([_named(entry)] if isinstance(entry, dict) else [])
+    return [references for references in found if isinstance(references, list)]
+
+
+def pack(samples: Sequence[int], lengths: np.ndarray, seq_len: int) -> list[list[int]]:
+    """Samples -> rows of no more than seq_len tokens, few of them: the longest first, each into the fullest row that
+    takes it. (A sample that is longer than that has a row of its own.)"""
+    rows: list[list[int]] = []
+    with_room: dict[int, list[int]] = {}  # free tokens -> rows
+    room = np.zeros(seq_len + 1, bool)  # which keys of it there are
+    for sample in sorted(samples, key=lambda i: (-lengths[i], i)):
+        need = min(int(lengths[sample]), seq_len)
+        free = need + int(room[need:].argmax())
+        if room[free]:
+            row = with_room[free].pop()
+            room[free] = bool(with_room[free])
+            rows[row].append(sample)
+        else:
+            free, row = seq_len, len(rows)
+            rows.append([sample])
+        with_room.setdefault(free - need, []).append(row)
+        room[free - need] = True
+    return rows
+
+
+# --- A line -> a sample
+
+
+def parse(record: Any, kinds: Sequence[str]) -> Sample:
+    """A line's object, its markers replaced. Raises ValueError, saying what is wrong with it."""
+    if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
+        raise ValueError('expected an object with "messages", a list, on each line')
+    waiting = {}
+    for kind in KINDS:
+        waiting[kind] = record.get(f"{kind}s") or []
+        if not isinstance(waiting[kind], list):
+            raise ValueError(f'"{kind}s" is of type {type(waiting[kind]).__name__}: it must be a list')
+    marked: dict[str, list] = {kind: [] for kind in KINDS}  # None: the next of `waiting`
+    messages = []
+    for number, message in enumerate(record["messages"]):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"messages[{number}] must be an object with a role and a content")
+        content = []
+        for entry in _entries(message.get("content"), number):
+            kind = entry["type"]
+            if kind == "text":
+                content.append({"type": "text", "text": entry["text"]})
+            else:
+                marked[kind].append(_named(entry))
+                content.append({"type": kind})
+        messages.append({**message, "content": content})
+    given = {}
+    for kind in KINDS:
+        unnamed = sum(reference is None for reference in marked[kind])
+        if unnamed != len(waiting[kind]):
+            raise ValueError(f'the messages show {unnamed} <{kind}>, but "{kind}s" has {len(waiting[kind])}')
+        queue = iter(waiting[kind])
+        given[kind] = [next(queue) if reference is None else reference for reference in marked[kind]]
+        if given[kind] and kind not in kinds:
+            raise ValueError(f"the model takes no {kind}: it takes {', '.join(kinds) or 'text alone'}")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("no message is the assistant's: there is nothing to learn")
+    return Sample(messages, given)
+
+
+def _entries(content: Any, number: int) -> Iterator[dict]:
+    """A content's pieces: {"type": "text", "text"} or {"type": kind, ...}."""
+    if isinstance(content, str):
+        for at, piece in enumerate(_MARKER.split(content)):
+            if at % 2:
+                yield {"type": piece}
+            elif piece:
+                yield {"type": "text", "text": piece}
+    elif isinstance(content, list):
+        for entry in content:
+            kind = entry.get("type") if isinstance(entry, dict) else None
+            kind = kind.removesuffix("_url") if isinstance(kind, str) else kind
+            if kind == "text" and isinstance(entry.get("text"), str):
+                yield entry
+            elif kind in KINDS:
+                yield {**entry, "type": kind}
+            else:
+                raise ValueError(f"messages[{number}] has an entry of type {kind!r}: valid are text, {', '.join(KINDS)}")
+    else:
+        raise ValueError(f"messages[{number}] has a content of type {type(content).__name__}: it must be text or a list")
+
+
+def _named(entry: Mapping) -> Any:
+    """What an entry names itself, or None."""
+    keys = [k + suffix for k in (*KINDS, "") for suffix in ("", "_url")] + ["url", "path", "base64", "bytes"]
+    found = next((entry[key] for key in keys if key != "" and entry.get(key) is not None), None)
+    return found.get("url") if isinstance(found, dict) and "url" in found else found
+
+
+def _text(message: Mapping) -> str:
+    return "".join(entry.get("text", f"<{entry['type']}>") for entry in message["content"])
+
+
+# --- A sample -> a batch of one row
+
+
+def to_batch(model: Model, read: Reader, sample: Sample, folder: Path, prompt: bool = False) -> dict:
+    """The sample as the model's batch of one row, with labels; or, as a prompt, what comes before its last answer."""
+    messages = sample.messages[: _last_turn(sample.messages)] if prompt else sample.messages
+    shown = {kind: sum(entry["type"] == kind for m in messages for entry in m["content"]) for kind in KINDS}
+    loads = {"image": media.image, "audio": partial(media.sound, rate=read.rate), "video": media.video}
+    given = {kind: [loads[kind](r, folder) for r in sample.given[kind][: shown[kind]]] for kind in KINDS}
+    text, spans = (read.render(messages, True), []) if prompt else trained_spans(read, messages)
+    inputs, trained = read.encode(text, spans, given)
+    ids = inputs["input_ids"]
+    labels = torch.where(trained[None], ids, IGNORE)
+    inputs["labels"] = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)  # of each token, the next one
+    return model.prepare(inputs)
+
+
+def _last_turn(messages: Sequence[Mapping]) -> int:
+    return max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+
+
+def trained_spans(read: Reader, messages: list[dict]) -> tuple[str, list[Span]]:
+    """The conversation as text, and where in it the assistant's turns are: each from what its header leaves to be
+    said, to the token that ends it, included."""
+    text, spans = read.render(messages, False), []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            start = len(commonprefix([text, read.render(messages[:i], True)])) if i else 0
+            upto = read.render(messages[: i + 1], False)
+            end = len(upto) if text.startswith(upto) else len(text)
+            if read.end and (found := text.find(read.end, start, end)) >= 0:
+                end = found + len(read.end)
+            spans.append((start, end))
+    return text, spans
+
+
+# --- Readers
+
+
+def make_reader(model: Model, source: Path | None) -> Reader:
+    """For models that transformers has a processor for, that one; for others a tokenizer, and what the parts of a
+    composition make of images and sounds. Raises FileNotFoundError and ValueError where the directory lacks one."""
+    if source is None or not tokenizer.has_tokenizer(source):
+        where = f"{source} has none" if source else "a preset has none"
+        raise FileNotFoundError(f"messages need a tokenizer, and {where}: name a directory that has one with --tokenizer")
+    encoders = getattr(model.cfg, "encoders", None)
+    if model.blanks and encoders is None:
+        processor = load_processor(source)
+        of, template = processor.tokenizer, processor.chat_template or processor.tokenizer.chat_template
+        markers = {kind: token for kind in KINDS if (token := getattr(processor, f"{kind}_token", None))}
+        hears = getattr(processor, "feature_extractor", None)
+        rate = hears.sampling_rate if hears else RATE
+        encode = partial(_by_processor, processor=processor, placeholders=list(markers.values()))
+        render = partial(_templated, processor, template, None)
+    else:
+        from transformers import AutoTokenizer
+
+        of = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        parts = {name: part for name, part in (encoders or {}).items() if name.startswith(KINDS)}
+        markers = {kind: f"\ue000{kind}\ue001" for kind in KINDS if any(name.startswith(kind) for name in parts)}
+        rate = next((part.cfg.rate for part in parts.values() if hasattr(part.cfg, "rate")), RATE)
+        encode = partial(_by_parts, tokenizer=of, encoders=parts)
+        template, render = of.chat_template, partial(_templated, of, of.chat_template, markers)
+    if not template:
+        render = partial(_plainly, markers, of.eos_token or "")
+    return Reader(render, encode, list(markers), rate, of)
+
+
+def _templated(of, template: str, markers: Mapping[str, str] | None, messages: list[dict], prompt: bool) -> str:
+    """By the chat template; of a tokenizer's, whose contents are strings, with markers in them."""
+    from jinja2 import TemplateError
+
+    if markers is not None:
+        messages = [{**message, "content": _marked(message, markers)} for message in messages]
+    try:
+        return of.apply_chat_template(messages, chat_template=template, add_generation_prompt=prompt, tokenize=False)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses these messages: {error}") from None
+
+
+def _plainly(markers: Mapping[str, str], end: str, messages: list[dict], prompt: bool) -> str:
+    """Where there is no template: contents one after the other, the assistant's ended."""
+    return "".join(_marked(m, markers) + (end if m["role"] == "assistant" else "") for m in messages)
+
+
+def _marked(message: Mapping, markers: Mapping[str, str]) -> str:
+    return "".join(entry["text"] if entry["type"] == "text" else markers[entry["type"]] for entry in message["content"])
+
+
+_PART = {"image": "image_processor", "audio": "feature_extractor", "video": "video_processor"}
+
+
+def load_processor(source: Path):
+    """transformers' processor of a directory; without torchvision, all of it but videos."""
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(source, local_files_only=True)
+    except ImportError as error:
+        if "orchvision" not in str(error):
+            raise ValueError(f"{source}: its processor cannot be made ({str(error).strip().splitlines()[0]})") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{source}: its processor cannot be read ({str(error).strip().splitlines()[0]})") from None
+    return _without_torchvision(source)
+
+
+def _without_torchvision(source: Path):
+    """transformers makes only its processors of videos from torchvision, but no processor without one of them."""
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    parts: dict[str, Any] = {"tokenizer": transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)}
+    for name, of in (("image_processor", "AutoImageProcessor"), ("feature_extractor", "AutoFeatureExtractor")):
+        try:
+            parts[name] = getattr(transformers, of).from_pretrained(source, local_files_only=True)
+        except (OSError, ValueError):
+            pass
+    config = json.loads((source / "config.json").read_text())
+    cls = getattr(transformers, PROCESSOR_MAPPING_NAMES[config["model_type"]])
+    # A processor holds its parts to classes of which one cannot be imported here.
+    open_cls = type(cls.__name__, (cls,), {"check_argument_for_proper_class": lambda self, name, part: type(part)})
+    for name in open_cls.get_attributes():
+        parts.setdefault(name, None)
+    return open_cls(**{name: parts[name] for name in open_cls.get_attributes()}, chat_template=_template_of(source))
+
+
+def _template_of(source: Path) -> str | None:
+    jinja, as_json = source / "chat_template.jinja", source / "chat_template.json"
+    if jinja.is_file():
+        return jinja.read_text("utf-8")
+    return json.loads(as_json.read_text("utf-8"))["chat_template"] if as_json.is_file() else None
+
+
+def _by_processor(
+    text: str, spans: Sequence[Span], given: Mapping[str, list], *, processor, placeholders: Sequence[str]
+) -> tuple[dict, torch.Tensor]:
+    more: dict[str, Any] = {}
+    for kind, part in _PART.items():
+        if given[kind] and getattr(processor, part, None) is None:
+            raise ValueError(f"{kind}s need torchvision (pip install ftrain[omni])")
+    if given["image"]:
+        more["images"] = given["image"]
+    if given["audio"]:
+        more |= {"audio": given["audio"], "sampling_rate": processor.feature_extractor.sampling_rate}
+    if given["video"]:
+        more["videos"] = [video.frames for video in given["video"]]
+        more["video_metadata"] = [
+            {"total_num_frames": len(frames), "fps": fps, "frames_indices": [*range(len(frames))]}
+            for frames, fps in given["video"]
+        ]
+        more["do_sample_frames"] = False  # they are sampled already
+    inputs = dict(processor(text=[text], return_tensors="pt", add_special_tokens=False, **more))
+    plain = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    special = processor.tokenizer.convert_tokens_to_ids(list(placeholders))
+    at = aligned(plain["input_ids"], inputs["input_ids"][0].tolist(), {*special})
+    trained = torch.zeros(inputs["input_ids"].shape[1], dtype=torch.bool)
+    for (start, end), place in zip(plain["offset_mapping"], at, strict=True):
+        if place is not None and any(a <= start and end <= b and start < end for a, b in spans):
+            trained[place] = True
+    return inputs, trained
+
+
+def aligned(plain: Sequence[int], expanded: Sequence[int], placeholders: set[int]) -> list[int | None]:
+    """Of each token of a text, where it is once placeholders were expanded; None of the placeholders.
+
+    Raises ValueError where the text between them is not found again.
+    """
+    out: list[int | None] = []
+    at = 0  # in `expanded`
+    pieces: list[list[int]] = [[]]
+    for token in plain:
+        if token in placeholders:
+            pieces.append([])
+        else:
+            pieces[-1].append(token)
+    for number, piece in enumerate(pieces):
+        last = len(expanded) - len(piece)
+        if number:
+            out.append(None)
+            at = min(at + 1, last)
+        places = [0] if number == 0 else [last] if number == len(pieces) - 1 else range(at, last + 1)
+        at = next((p for p in places if p >= at and list(expanded[p : p + len(piece)]) == piece), -1)
+        if at < 0:
+            raise ValueError("the processor changes the text between its placeholders: the assistant's turns are lost")
+        out += range(at, at + len(piece))
+        at += len(piece)
+    return out
+
+
+def _by_parts(
+    text: str, spans: Sequence[Span], given: Mapping[str, list], *, tokenizer, encoders: Mapping
+) -> tuple[dict, torch.Tensor]:
+    """For a composition: a placeholder for each output of its encoders. An encoder called image..., audio... or
+    video... is for those."""
+    ids: list[int] = []
+    trained: list[bool] = []
+    inputs: dict[str, list] = {name: [] for name in encoders}
+    queues = {kind: iter(of_kind) for kind, of_kind in given.items()}
+    at = 0
+    for number, piece in enumerate(_MARKED.split(text)):
+        if number % 2:
+            found, counts = next(queues[piece]), {}
+            for name, part in encoders.items():
+                if name.startswith(piece):
+                    raw = _raw(part, piece, found)
+                    inputs[name].append(raw)
+                    n = sum(int((item.slots >= 0).sum()) for item in part.module.items(raw, part.cfg))
+                    if counts.setdefault(part.placeholder, n) != n:
+                        raise ValueError(f"encoders that share placeholder {part.placeholder} differ in their outputs")
+            for placeholder, n in counts.items():
+                ids += [placeholder] * n
+                trained += [False] * n
+            at += len(piece) + 2  # the marks around it
+            continue
+        encoded = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+        for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            ids.append(token)
+            trained.append(any(a <= at + start and at + end <= b and start < end for a, b in spans))
+        at += len(piece)
+    tensors = {"input_ids": torch.tensor([ids])}
+    return {**tensors, **{name: raws for name, raws in inputs.items() if raws}}, torch.tensor(trained)
+
+
+def _raw(part: Any, kind: str, found: Any) -> Any:
+    """What an encoder takes: its module's `load` says how it is made, else an image is uint8 [H, W(, 3)], a video
+    [T, H, W, 3], and a sound its samples."""
+    if hasattr(part.module, "load"):
+        return part.module.load(found, part.cfg)
+    if kind == "image":
+        return np.asarray(found.convert("L") if getattr(part.cfg, "channels", 3) == 1 else found)
+    return found.frames if kind == "video" else found
