@@ -76,7 +76,17 @@ def norm_specs(name: str, size: int) -> dict[str, ParamSpec]:
     return {f"{name}.{part}": ParamSpec((size,), init, decay=False) for part, init in (("weight", ones), ("bias", zeros))}
 
 
-def layer_specs(cfg: AudioConfig, prefix: str, k_bias: bool) -> dict[str, ParamSpec]:
+def convolution_specs(cfg: AudioConfig, prefix: str) -> dict[str, ParamSpec]:
+    """Of the two convolutions over time, three frames wide."""
+    out = {}
+    for name, into in (("conv1", cfg.mels), ("conv2", cfg.hidden)):
+        out[f"{prefix}.{name}.weight"] = ParamSpec((cfg.hidden, into, 3), normal(cfg.std))
+        out[f"{prefix}.{name}.bias"] = ParamSpec((cfg.hidden,), zeros, decay=False)
+    return out
+
+
+def layer_specs(cfg: AudioConfig, prefix: str, k_bias: bool, norm: str = "ln_post") -> dict[str, ParamSpec]:
+    """norm: the name of the one behind the layers."""
     out, H = {}, cfg.hidden
     for layer in range(cfg.layers):
         at = f"{prefix}.layers.{layer}"
@@ -84,15 +94,12 @@ def layer_specs(cfg: AudioConfig, prefix: str, k_bias: bool) -> dict[str, ParamS
             out |= projection(f"{at}.self_attn.{name}_proj", H, H, k_bias or name != "k", cfg.std)
         out |= norm_specs(f"{at}.self_attn_layer_norm", H) | norm_specs(f"{at}.final_layer_norm", H)
         out |= projection(f"{at}.fc1", cfg.inner, H, True, cfg.std) | projection(f"{at}.fc2", H, cfg.inner, True, cfg.std)
-    return out | norm_specs(f"{prefix}.ln_post", H)
+    return out | norm_specs(f"{prefix}.{norm}", H)
 
 
 def specs(cfg: AudioConfig, prefix: str) -> dict[str, ParamSpec]:
     H, std = cfg.hidden, cfg.std
-    out = {}
-    for name, into in (("conv1", cfg.mels), ("conv2", H)):
-        out[f"{prefix}.{name}.weight"] = ParamSpec((H, into, 3), normal(std))
-        out[f"{prefix}.{name}.bias"] = ParamSpec((H,), zeros, decay=False)
+    out = convolution_specs(cfg, prefix)
     # For the marks around a sound, which the published models have as tokens of text: nothing reads it.
     out[f"{prefix}.audio_bos_eos_token.weight"] = ParamSpec((2, cfg.width), normal(std), active=0.0, lr=0.0)
     return out | layer_specs(cfg, prefix, k_bias=False) | projection(f"{prefix}.proj", cfg.width, H, True, std)
@@ -100,24 +107,29 @@ def specs(cfg: AudioConfig, prefix: str) -> dict[str, ParamSpec]:
 
 def encode(p: Mapping[str, Tensor], prefix: str, x: Mapping[str, Tensor], cfg: AudioConfig, ops: Ops) -> Tensor:
     """x: features [P, mels], position [P] (the frame's in its chunk, -1: filled up), item [P] -> [P / 4, width]."""
-    position, item = x["position"], x["item"]
+    h = convolved(p, prefix, x, ops)
+    position, item = x["position"][::2], x["item"][::2]
+    h = h + sinusoids(position // 2, cfg.hidden).to(h.dtype)
+    h = layers(p, prefix, h, item, position >= 0, cfg, ops)
+    h = h.unflatten(0, (-1, 2)).mean(1)
+    return project(p, f"{prefix}.proj", layer_norm(p, f"{prefix}.ln_post", h), ops)
+
+
+def convolved(p: Mapping[str, Tensor], prefix: str, x: Mapping[str, Tensor], ops: Ops) -> Tensor:
+    """Whisper's two convolutions, each within its item: features [P, mels] -> [P / 2, H]."""
+    item = x["item"]
     weight, bias = p[f"{prefix}.conv1.weight"], p[f"{prefix}.conv1.bias"]
     h = x["features"].to(weight.dtype)
     same = item[1:] == item[:-1]
     before = F.pad(h[:-1] * same[:, None], (0, 0, 1, 0))
     after = F.pad(h[1:] * same[:, None], (0, 0, 0, 1))
     h = F.gelu(ops.linear(torch.stack([before, h, after], -1).flatten(1), weight.flatten(1), bias))
-    h = h * (position >= 0)[:, None]
+    h = h * (x["position"] >= 0)[:, None]
 
     even, odd = h.unflatten(0, (-1, 2)).unbind(1)
     before = F.pad(odd[:-1] * same[1::2, None], (0, 0, 1, 0))
     weight, bias = p[f"{prefix}.conv2.weight"], p[f"{prefix}.conv2.bias"]
-    h = F.gelu(ops.linear(torch.stack([before, even, odd], -1).flatten(1), weight.flatten(1), bias))
-    position, item = position[::2], item[::2]
-    h = h + sinusoids(position // 2, cfg.hidden).to(h.dtype)
-    h = layers(p, prefix, h, item, position >= 0, cfg, ops)
-    h = h.unflatten(0, (-1, 2)).mean(1)
-    return project(p, f"{prefix}.proj", layer_norm(p, f"{prefix}.ln_post", h), ops)
+    return F.gelu(ops.linear(torch.stack([before, even, odd], -1).flatten(1), weight.flatten(1), bias))
 
 
 def layer_norm(q: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
@@ -183,7 +195,6 @@ def from_processor(sounds: list[Tensor], cfg: AudioConfig) -> list[Item]:
 
 
 def example(cfg: AudioConfig, generator: torch.Generator) -> Tensor:
-    """A random spectrogram [frames, mels]: of a chunk or two, and a part of one."""
-    frames = cfg.chunk * int(torch.randint(0, 3, (), generator=generator))
-    frames += int(torch.randint(4, cfg.chunk, (), generator=generator))
+    """A random spectrogram [frames, mels], of up to three chunks."""
+    frames = FRAMES + int(torch.randint(3 * cfg.chunk, (), generator=generator))
     return torch.randn(frames, cfg.mels, generator=generator)
