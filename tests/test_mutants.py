@@ -6,13 +6,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ftrain import job, parallel, step
-from ftrain.equivalence import differences, random_batch, run_mesh, run_plain, shrink
+from ftrain import attention, job, ops, parallel, step
+from ftrain.equivalence import differences, mixed_batch, random_batch, run_mesh, run_plain, shrink
 from ftrain.layout import Pieces
 from ftrain.mesh import Mesh
 from ftrain.model import find_model
+from ftrain.models.omni import PRESETS
 from ftrain.plan import find_plan
 
+OMNI_CONFIG = PRESETS["omni-tiny"] | {
+    "lr": 0.5, "decoders": {"drawn": {"type": "codes", "weight": 0.5, "config": {"num_embeddings": 29, "projection_dim": 8}}}
+}  # fmt: skip
 MODEL = find_model(shrink(find_model("qwen3-moe-tiny").hf))
 BATCHES = [random_batch(131, 4, 10, seed) for seed in range(2)]  # two: some faults show in the second step only
 
@@ -164,6 +168,71 @@ def bias_corrected_a_step_late(patch):
 
 def accumulated_without_zeroing(patch):
     patch.setattr(step, "torch", SimpleNamespace(**{**vars(torch), "where": lambda last, zero, g: g}))
+
+
+# --- Of what is encoded on one rank and placed on another
+
+
+def outputs_in_the_wrong_order(patch):
+    send = parallel.sending_place
+    patch.setattr(parallel, "sending_place", lambda place, world: send(
+        place, world
+    ) if world.size == 1 else lambda y, batch, name: send(place, world)(
+        y, batch | {f"{name}.order": batch[f"{name}.order"].flip(0)}, name
+    ))  # fmt: skip
+
+
+def outputs_a_token_further(patch):
+    real = ops.plain_place
+    shifted = lambda y, batch, name: real(y, batch | {f"{name}.source": batch[f"{name}.source"].roll(1, 1)}, name)  # noqa: E731
+    patch.setattr(ops, "plain_place", shifted)
+
+
+def gradients_of_outputs_stay(patch):
+    """What is sent back to the encoder is lost: it learns from its own tokens only."""
+    real = parallel.all_to_all
+
+    def lost(x, received, sent, group):
+        return real(x.detach(), received, sent, group) + 0 * x.sum().to(x.dtype)
+
+    patch.setattr(parallel, "all_to_all", lost)
+
+
+def items_do_not_know_their_borders(patch):
+    patch.setattr(attention, "same_segment", lambda s, of_keys=None: torch.ones(1, 1, s.shape[1], s.shape[1]).bool())
+
+
+def every_part_learns_alike(patch):
+    updated(patch, lambda given: {"specs": {n: replace(spec, lr=1.0) for n, spec in given["specs"].items()}})
+
+
+def second_loss_by_local_targets(patch):
+    patch.setattr(step, "summed", lambda parts, world: dict(parts) if "tokens" in parts else SUMMED(parts, world))
+
+
+SUMMED = step.summed
+OMNI = find_model(OMNI_CONFIG)
+OF_OMNI = [mixed_batch(OMNI, 4, seed) for seed in range(2)]
+OMNI_CASES = [
+    (outputs_in_the_wrong_order, "fsdp_sp", Mesh(1, 2, 1)),
+    (outputs_a_token_further, "fsdp", Mesh(2, 1, 1)),
+    (gradients_of_outputs_stay, "fsdp_sp", Mesh(1, 2, 1)),
+    (items_do_not_know_their_borders, "fsdp", Mesh(2, 1, 1)),
+    (every_part_learns_alike, "ddp", Mesh()),
+    (second_loss_by_local_targets, "fsdp", Mesh(2, 1, 1)),
+]
+
+
+@pytest.fixture(scope="module")
+def expected_of_omni():
+    return run_plain(OMNI, OF_OMNI)
+
+
+@pytest.mark.parametrize("fault, plan, mesh", OMNI_CASES, ids=lambda v: getattr(v, "__name__", None))
+def test_a_fault_of_omni_models_is_seen(fault, plan, mesh, expected_of_omni, monkeypatch):
+    assert not differences(run_mesh(OMNI, find_plan(plan), mesh, OF_OMNI), expected_of_omni, OMNI)
+    fault(monkeypatch)
+    assert differences(run_mesh(OMNI, find_plan(plan), mesh, OF_OMNI), expected_of_omni, OMNI)
 
 
 SP2, EP2, FSDP2, ONE = Mesh(1, 2, 1), Mesh(1, 1, 2), Mesh(2, 1, 1), Mesh()
