@@ -135,7 +135,8 @@ def _qwen3_omni_moe(text: Mapping, visual: Mapping, audio: Mapping, **other) -> 
 _TINY_TEXT = {
     "vocab_size": 320, "hidden_size": 48, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "num_experts": 8, "num_experts_per_tok": 2,
-    "rope_theta": 10000.0, "rope_scaling": {"mrope_interleaved": True, "mrope_section": [2, 2, 2], "rope_type": "default"},
+    "rope_theta": 10000.0,
+    "rope_scaling": {"mrope_interleaved": True, "mrope_section": [2, 2, 2], "rope_type": "default"},
 }  # fmt: skip
 _TINY_VISION = {
     "depth": 2, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "patch_size": 4, "out_hidden_size": 48,

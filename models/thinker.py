@@ -173,7 +173,7 @@ def _pictures(inputs: Mapping, cfg: Senses) -> dict[int, Iterator[Tensor]]:
     seconds = inputs.get("video_second_per_grid")
     seconds = torch.ones(len(videos)) if seconds is None else torch.as_tensor(seconds, dtype=torch.float32)
     if len(seconds) != len(videos):
-        raise ValueError(f"video_second_per_grid has {len(seconds)} numbers: it must have one of each of {len(videos)} videos")
+        raise ValueError(f"video_second_per_grid has {len(seconds)} numbers for {len(videos)} videos")
     images = _grids(inputs, "image")
     return {
         IMAGE: iter([_coordinates(grid, torch.tensor(1.0), cfg) for grid in images.tolist()]),
@@ -215,11 +215,9 @@ def _document(kinds: Tensor, pictures: Mapping[int, Iterator[Tensor]], cfg: Sens
             own = _placed(seen, next(pictures[VIDEO]))
             last = len(span) - int((seen != seen[-1]).nonzero()[-1]) - 1
         elif span[0] in (IMAGE, VIDEO):
-            own = next(pictures[span[0]])
-            last = len(own)
+            own, last = next(pictures[span[0]]), len(span)
             while len(own) < len(span):  # several, with nothing between
-                own = torch.cat([own, next(pictures[span[0]]) + own[-last:].max() + 1])
-                last = len(own)
+                own = torch.cat([own, next(pictures[span[0]]) + own.max() + 1])
             if len(own) > len(span):
                 raise ValueError(f"a run of {len(span)} placeholder tokens ends within an image or a video")
         else:

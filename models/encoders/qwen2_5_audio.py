@@ -1,5 +1,5 @@
-"""Qwen2.5-Omni's audio tower (arXiv 2503.20215): Whisper's encoder over chunks of two seconds, two frames then averaged.
-Checked against transformers' `Qwen2_5OmniAudioEncoder`.
+"""Qwen2.5-Omni's audio tower (arXiv 2503.20215): Whisper's encoder over chunks of two seconds, two frames then
+averaged. Checked against transformers' `Qwen2_5OmniAudioEncoder`.
 
 An item is a chunk, its last frames filled up to a multiple of 4, of which an output is made. A convolution halves the
 frames. P frames of all items, H hidden, N heads, D head size.
@@ -73,7 +73,8 @@ def reaches(hf: Mapping, positions: int) -> None:
 
 
 def norm_specs(name: str, size: int) -> dict[str, ParamSpec]:
-    return {f"{name}.{part}": ParamSpec((size,), init, decay=False) for part, init in (("weight", ones), ("bias", zeros))}
+    inits = {"weight": ones, "bias": zeros}
+    return {f"{name}.{part}": ParamSpec((size,), init, decay=False) for part, init in inits.items()}
 
 
 def convolution_specs(cfg: AudioConfig, prefix: str) -> dict[str, ParamSpec]:
@@ -93,7 +94,8 @@ def layer_specs(cfg: AudioConfig, prefix: str, k_bias: bool, norm: str = "ln_pos
         for name in ("q", "k", "v", "out"):
             out |= projection(f"{at}.self_attn.{name}_proj", H, H, k_bias or name != "k", cfg.std)
         out |= norm_specs(f"{at}.self_attn_layer_norm", H) | norm_specs(f"{at}.final_layer_norm", H)
-        out |= projection(f"{at}.fc1", cfg.inner, H, True, cfg.std) | projection(f"{at}.fc2", H, cfg.inner, True, cfg.std)
+        out |= projection(f"{at}.fc1", cfg.inner, H, True, cfg.std)
+        out |= projection(f"{at}.fc2", H, cfg.inner, True, cfg.std)
     return out | norm_specs(f"{prefix}.{norm}", H)
 
 
