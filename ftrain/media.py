@@ -3,6 +3,7 @@
 import base64
 import binascii
 import io
+import math
 import wave
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,16 +69,17 @@ def _by_soundfile(reference: Any, raw: bytes) -> tuple[np.ndarray, int]:
 
 
 def resampled(samples: np.ndarray, own: int, rate: int) -> np.ndarray:
-    """The same sound at another rate: its spectrum, cut off or filled up."""
+    """The same sound at another rate: its spectrum, cut off or filled up, since a lower rate cannot tell all of it."""
     if own == rate or not len(samples):
         return samples.astype(np.float32)
-    n = max(round(len(samples) * rate / own), 1)
-    spectrum = np.fft.rfft(samples)
-    # Frequencies that the lower rate cannot tell from others are left out.
-    kept = min(len(spectrum), n // 2 + 1) - (min(n, len(samples)) % 2 == 0)
-    wide = np.zeros(n // 2 + 1, spectrum.dtype)
+    step, to = own // math.gcd(own, rate), rate // math.gcd(own, rate)
+    # Silence after it: lengths that correspond exactly, and an end that does not touch the beginning.
+    times = -(-len(samples) // step) + 1
+    spectrum = np.fft.rfft(samples, times * step)
+    kept = (min(step, to) * times + 1) // 2  # below both rates' limit
+    wide = np.zeros(times * to // 2 + 1, spectrum.dtype)
     wide[:kept] = spectrum[:kept]
-    return (np.fft.irfft(wide, n) * (n / len(samples))).astype(np.float32)
+    return (np.fft.irfft(wide, times * to) * (to / step)).astype(np.float32)[: round(len(samples) * rate / own)]
 
 
 def video(reference: Any, folder: Path) -> Video:

@@ -74,7 +74,7 @@ def grouped_mm_for(precision: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]
     _known(precision)
     if precision not in RECIPES:
         return grouped_mm
-    with _quiet():
+    with quiet():
         import torchao.float8  # noqa: F401  (here, quietly: `_rounded` imports from it)
     kernel = None
     if torch.cuda.is_available() and torch.cuda.get_device_capability() in GROUPED_CAPABILITIES:
@@ -203,7 +203,7 @@ def in_aligned_groups(kernel: Callable) -> Callable:
 
 
 def _torchao_grouped_mm() -> Callable:
-    with _quiet():
+    with quiet():
         from torchao.prototype.moe_training import _to_fp8_rowwise_then_scaled_grouped_mm as scaled
 
     def kernel(x, w, offsets):
@@ -214,7 +214,7 @@ def _torchao_grouped_mm() -> Callable:
 
 def _torchao_matmul(recipe: str) -> tuple:
     """torchao's differentiable matmul of unrounded arguments, and the two configs it wants after them."""
-    with _quiet():
+    with quiet():
         from torchao.float8.config import Float8LinearConfig
         from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
         from torchao.float8.float8_training_tensor import LinearMMConfig, ScaledMMConfig
@@ -292,7 +292,7 @@ def _known(precision: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """torchao's import warns of extensions built for other machines than this one: no user's concern."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -24,6 +24,7 @@ from .data import Data, collate, epoch_order, in_one_row
 from .generate import complete
 from .loss import IGNORE
 from .model import Model
+from .precision import quiet
 
 HELDOUT = 0.05
 RATE = 16_000  # of sounds, where nothing says it
@@ -112,7 +113,8 @@ def prepare(path: str, model: Model, source: Path | None, seq_len: int, cache_di
     Raises FileNotFoundError or ValueError, naming file and line, for samples that cannot be used.
     """
     lines = Lines(Path(path))
-    read = make_reader(model, source)
+    with quiet():  # transformers imports torchao
+        read = make_reader(model, source)
     folder = lines.path.resolve().parent
 
     def prepared(index: int, prompt: bool = False) -> dict:
@@ -378,9 +380,9 @@ _PART = {"image": "image_processor", "audio": "feature_extractor", "video": "vid
 
 def load_processor(source: Path):
     """transformers' processor of a directory; without torchvision, all of it but videos."""
-    from transformers import AutoProcessor
-
     try:
+        from transformers import AutoProcessor
+
         return AutoProcessor.from_pretrained(source, local_files_only=True)
     except ImportError as error:
         if "orchvision" not in str(error):

@@ -32,7 +32,8 @@ def test_parse_sets_what_the_flags_say_and_nothing_else():
 
 def test_json_round_trip_and_override():
     cfg = TrainConfig(mesh=MeshConfig(2, 1, -1, 2), data="a b.txt", lr=3e-4, router_aux_loss=0.02, track="wandb",
-                      clip=float("inf"), resume="runs/a/checkpoints/step-3")  # fmt: skip
+                      clip=float("inf"), resume="runs/a/checkpoints/step-3", freeze=("visual", "*.bias"),
+                      lr_factor=("a.b=0.1",))  # fmt: skip
     assert config.from_json(config.to_json(cfg)) == cfg
     assert config.parse(["--steps", "7"], config.from_json(config.to_json(cfg))) == dataclasses.replace(cfg, steps=7)
 
@@ -82,6 +83,8 @@ def test_json_values_are_held_to_the_types():
         ({"beta1": 1.0}, "--beta1 1.0: must be at least 0 and less than 1"),
         ({"min_lr_ratio": 1.5}, "--min-lr-ratio 1.5: must be between 0 and 1"),
         ({"router_aux_loss": -0.1}, "--router-aux-loss -0.1: must be 0 or more, and finite"),
+        ({"lr_factor": ("a=0.5", "b")}, "--lr-factor b: must be NAME=FACTOR with a factor of 0 or more, as encoders.image=0.1"),
+        ({"lr_factor": ("a=-1",)}, "--lr-factor a=-1: must be NAME=FACTOR with a factor of 0 or more, as encoders.image=0.1"),
         ({"accumulate": 3}, "--batch-size 8: must be a multiple of --accumulate 3"),
     ],
 )
@@ -105,6 +108,52 @@ def test_missing_wandb_is_said_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     with pytest.raises(ValueError, match="--track wandb: the package wandb is not installed"):
         config.validate(TrainConfig(track="wandb"))
+
+
+def test_a_recipe_gives_defaults_that_flags_override(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("import no_such_module\nDEFAULTS = {'steps': 7, 'mesh.sp': 2, 'lr_factor': ('a=0.5',)}\n")
+    cfg = config.with_recipe(TrainConfig(), str(path))
+    assert (cfg.steps, cfg.mesh.sp, cfg.lr_factor, cfg.recipe) == (7, 2, ("a=0.5",), str(path))
+    assert config.parse(["--steps", "9"], cfg) == dataclasses.replace(cfg, steps=9)
+    assert config.from_json(config.to_json(cfg)) == cfg
+    assert config.resolved(cfg, False).out == "runs/mine"
+    for text, words in [
+        ("{'stepz': 7}", "DEFAULTS has an unknown key 'stepz'; did you mean steps?"),
+        ("{'mesh.fdsp': 7}", "DEFAULTS has an unknown key 'fdsp'; did you mean fsdp?"),
+        ("{'steps': int('7')}", "DEFAULTS must be a literal"),
+    ]:
+        path.write_text(f"DEFAULTS = {text}\n")
+        with pytest.raises(ValueError) as error:
+            config.with_recipe(TrainConfig(), str(path))
+        assert words in str(error.value)
+    with pytest.raises(FileNotFoundError, match="--recipe no.py: there is no such file"):
+        config.with_recipe(TrainConfig(), "no.py")
+    with pytest.raises(ValueError, match="--recipe no: the recipes are"):
+        config.validate(TrainConfig(recipe="no"))
+
+
+def test_names_choose_parameters():
+    import torch
+
+    from ftrain.groups import regrouped
+    from ftrain.specs import ParamSpec
+
+    names = ["visual.blocks.0.weight", "visual.blocks.0.bias", "visualise.weight", "model.norm.weight"]
+    specs = {name: ParamSpec((2,), torch.zeros, lr=0.5) for name in names}
+
+    def rates(freeze=(), factors=()):
+        return [spec.lr for spec in regrouped(specs, freeze, factors).values()]
+
+    assert rates() == [0.5] * 4
+    assert rates(["visual"]) == rates(["visual."]) == [0, 0, 0.5, 0.5]
+    assert rates(["*.bias", "model.norm.weight"]) == [0.5, 0, 0.5, 0]
+    assert rates(factors=[("*", 0.1), ("visual", 2.0)]) == [2.0, 2.0, 0.1, 0.1]
+    assert rates(["visual.blocks.0.bias"], [("visual", 2.0)]) == [2.0, 0, 0.5, 0.5]
+    with pytest.raises(ValueError, match=r"--freeze visuals: no parameter is called so; near are visual"):
+        rates(["visuals"])
+    with pytest.raises(ValueError, match=r"--lr-factor zzz: no parameter is called so; names begin with visual, visualise"):
+        rates(factors=[("zzz", 1.0)])
 
 
 def test_resolved_fills_in_precision_and_run_directory(tmp_path):
