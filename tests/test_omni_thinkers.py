@@ -191,9 +191,9 @@ def test_padding(family, side, kinds):
     hold(TINY[family], together([rows[kind] for kind in kinds], side))
 
 
-def of_sounds(family: str, lengths: list[int]) -> dict:
+def of_sounds(family: str, lengths: list[int], hf: dict | None = None) -> dict:
     """A row of text with sounds of these many frames."""
-    model = find_model(TINY[family])
+    model = find_model(hf or TINY[family])
     audio, token, marks = model.cfg.audio, model.cfg.tokens["audio"], model.cfg.marks[2:]
     tower = MODULES[family].TOWERS["audio"]
     ids = [5, 6, 7]
@@ -214,6 +214,16 @@ def of_sounds(family: str, lengths: list[int]) -> dict:
 def test_lengths_of_sounds(family, lengths):
     """Chunks that are full, nearly empty, or all there is; windows of several."""
     hold(TINY[family], of_sounds(family, lengths))
+
+
+@pytest.mark.parametrize("window", [49, 51, 52])
+@pytest.mark.parametrize("lengths", [[310, 230], [16, 16, 8]])
+def test_chunks_without_room_between_them(window, lengths):
+    """Where a chunk is a multiple of what an output is made of, nothing but its number keeps it from the next."""
+    thinker = TINY["qwen3_omni_moe"]["thinker_config"]
+    audio = {**thinker["audio_config"], "n_window": window}
+    hf = {**TINY["qwen3_omni_moe"], "thinker_config": {**thinker, "audio_config": audio}}
+    hold(hf, of_sounds("qwen3_omni_moe", lengths, hf))
 
 
 @both
