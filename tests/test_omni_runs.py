@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from processors import write_qwen2_vl
+from processors import write_model
 from runs import command, environment, series, steps, tensors
 from test_samples import lines, picture, turn
 
@@ -66,7 +66,7 @@ def finish(run):
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
     root = tmp_path_factory.mktemp("omni-runs")
-    write_qwen2_vl(root / "model")
+    write_model(root / "model")
     for i in range(3):
         picture(i, 16 + 8 * i, 24).save(root / f"{i}.png")
     records = [{"messages": turn("<image>" * (i % 3) + "?" * (i % 4), "!" * (1 + i % 5)),

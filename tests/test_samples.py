@@ -1,6 +1,7 @@
 """Conversations with images and sounds: what is read, what is learned, how rows are filled, and what is refused."""
 
 import base64
+import importlib.util
 import io
 import json
 import wave
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from processors import write_qwen2_vl, write_tokenizer
+from processors import write_model, write_tokenizer
 
 from ftrain import media, samples
 from ftrain.data import collate, in_one_row
@@ -45,7 +46,7 @@ def turn(question, answer: str = "yes") -> list[dict]:
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
     folder = tmp_path_factory.mktemp("samples")
-    write_qwen2_vl(folder / "model")
+    write_model(folder / "model")
     for i in range(4):
         picture(i, 16 + 8 * i, 24).save(folder / f"{i}.png")
     return folder
@@ -107,6 +108,27 @@ def test_samples_are_what_transformers_makes_of_them(ground, model, read):
     for ours, theirs in zip(batch["items"]["visual"], expected["items"]["visual"], strict=True):
         assert torch.equal(ours.slots, theirs.slots)
         assert all(torch.equal(ours.fields[name], theirs.fields[name]) for name in theirs.fields)
+
+
+@pytest.mark.parametrize("preset", ["qwen2.5-vl-tiny", "qwen3-vl-tiny", "qwen2.5-omni-tiny", "qwen3-omni-moe-tiny"])
+def test_every_familys_processor_is_understood(ground, tmp_path, preset):
+    """transformers' own processor, without torchvision, and our model's reading of what it gives."""
+    model, hears = find_model(write_model(tmp_path / preset, preset)), "omni" in preset
+    read = samples.make_reader(model, tmp_path / preset)
+    assert list(read.kinds) == (["image", "audio", "video"] if hears else ["image", "video"])
+    write_wav(tmp_path / "a.wav", np.random.default_rng(0).uniform(-0.5, 0.5, (9000, 1)), 8000, 2)
+    messages = [*turn("<image>" + "<audio>" * hears + "and<image>", "one"), *turn("?", "two")]
+    given = {"images": [str(ground / "0.png"), str(ground / "1.png")], "audios": ["a.wav"] * hears}
+    batch = batch_of(model, read, tmp_path, messages, **given)
+    assert learned(batch, read.tokenizer) == ["one<|im_end|>", "two<|im_end|>"]
+    assert len(batch["items"]["visual"]) == 2 and bool(batch["items"].get("audio")) == hears
+    ids = batch["input_ids"][0]
+    for items in batch["items"].values():
+        slots = torch.cat([item.slots for item in items])
+        assert len(ids[slots[slots >= 0]].unique()) == 1
+    if importlib.util.find_spec("torchvision") is None:
+        with pytest.raises(ValueError, match="videos need torchvision"):
+            batch_of(model, read, ground, turn("<video>"), videos=[["0.png", "0.png"]])
 
 
 def test_a_prompt_is_what_comes_before_the_last_answer(ground, model, read):
