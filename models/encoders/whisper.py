@@ -7,7 +7,9 @@ encoder's outputs, one after the other, are one output of ours: so a language mo
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +32,7 @@ class WhisperConfig:
     positions: int
     stack: int
     std: float
+    rate: int = 16_000  # samples of a sound, a second
 
     @property
     def width(self) -> int:
@@ -80,6 +83,19 @@ def items(raw, cfg: WhisperConfig) -> list[Item]:
     position = F.pad(torch.arange(len(raw)), (0, more), value=-1)
     outputs = torch.arange(len(position) // (2 * cfg.stack))
     return [Item({"features": F.pad(raw, (0, 0, 0, more)), "position": position}, outputs)]
+
+
+def load(sound, cfg: WhisperConfig) -> Tensor:
+    """A sound's samples, `rate` of them a second, in [-1, 1] -> its log-mel spectrogram [frames, mels]."""
+    found = _extractor(cfg.mels)(np.asarray(sound), sampling_rate=cfg.rate, padding=False, return_tensors="pt")
+    return found["input_features"][0].T
+
+
+@cache
+def _extractor(mels: int):
+    from transformers import WhisperFeatureExtractor  # seconds to import
+
+    return WhisperFeatureExtractor(feature_size=mels)
 
 
 def example(cfg: WhisperConfig, generator: torch.Generator) -> Tensor:
