@@ -19,7 +19,7 @@ from .collectives import Group, all_gather, all_reduce, all_to_all, all_to_all_e
 from .experts import combine, grouped_mlp, permute, sort_by_expert
 from .layout import Pieces, Placements
 from .ops import Ops
-from .remat import remat
+from .remat import naming_changes, remat
 from .specs import Specs
 
 
@@ -229,7 +229,8 @@ def parallel_ops(ops: Ops, sharding: Sharding, policy: str, grouped_mm: Callable
 
             def run(x, *shards, key=key, buckets=buckets, names=names, layer=layer):
                 gathered = gather_group(buckets, dict(zip(names, shards)))
-                return block({name[len(key) + 1 :]: t for name, t in gathered.items()}, x, layer)
+                with naming_changes(key):
+                    return block({name[len(key) + 1 :]: t for name, t in gathered.items()}, x, layer)
 
             out = remat(run, policy)(x, *(p.shards[name] for name in names))
             if not isinstance(out, tuple) or len(out) != 2:

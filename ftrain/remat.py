@@ -1,7 +1,10 @@
 """What a layer keeps for its backward, and what it computes again."""
 
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -73,3 +76,19 @@ def remat(layer: Callable, policy: str) -> Callable:
         raise ValueError(f"--remat {policy}: valid policies are {', '.join(POLICIES)}")
     contexts = partial(create_selective_checkpoint_contexts, partial(_keep, policy))
     return partial(checkpoint, layer, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
+
+
+@contextmanager
+def naming_changes(layer: str) -> Iterator[None]:
+    """Turns torch's complaint about a kept result that was changed in place into a ValueError that says where."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "has been mutated" not in str(error):
+            raise
+        of_torch = str(Path(torch.__file__).parent)
+        at = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(of_torch)][-1]
+        raise ValueError(
+            f"{layer}: {at.filename}, line {at.lineno} ({at.line}): its result is changed in place, but the backward "
+            "needs it as it was: use operators without a trailing _; F.rms_norm has such inside, F.layer_norm has none"
+        ) from error
