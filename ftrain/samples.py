@@ -9,6 +9,7 @@ lists of paths (from the file's folder), data URIs or base64. A content is a str
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from os.path import commonprefix
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers import __version__ as transformers_version
 
 from . import media, tokenizer
 from .cache import cache_root, cached, content_hash
@@ -126,7 +128,8 @@ def prepare(path: str, model: Model, source: Path | None, seq_len: int, cache_di
 
     sizes = [str(media.size(r, folder)) for i in range(len(lines)) for rs in _references(lines[i]) for r in rs]
     files = [(source / name).read_bytes() for name in tokenizer.FILES if (source / name).is_file()]
-    digest = content_hash(_RECIPE, json.dumps(model.hf, sort_keys=True, default=str), *lines.hashes, *sizes, *files)
+    files += [Path(part.module.__file__).read_bytes() for part in getattr(model.cfg, "encoders", {}).values()]
+    digest = content_hash(_RECIPE, transformers_version, json.dumps(model.hf, sort_keys=True, default=str), *lines.hashes, *sizes, *files)
 
     def measure() -> np.ndarray:
         return np.array([prepared(i)["segment_ids"].shape[1] for i in range(len(lines))], np.int64)
@@ -338,8 +341,8 @@ def make_reader(model: Model, source: Path | None) -> Reader:
         markers = {kind: token for kind in KINDS if (token := getattr(processor, f"{kind}_token", None))}
         hears = getattr(processor, "feature_extractor", None)
         rate = hears.sampling_rate if hears else RATE
-        encode = partial(_by_processor, processor=processor, placeholders=list(markers.values()))
-        render = partial(_templated, processor, template, None)
+        encode = partial(_by_processor, processor=processor, markers=markers)
+        forms = (lambda message: message["content"], partial(_marked, markers))
     else:
         from transformers import AutoTokenizer
 
@@ -348,18 +351,25 @@ def make_reader(model: Model, source: Path | None) -> Reader:
         markers = {kind: f"\ue000{kind}\ue001" for kind in KINDS if any(name.startswith(kind) for name in parts)}
         rate = next((part.cfg.rate for part in parts.values() if hasattr(part.cfg, "rate")), RATE)
         encode = partial(_by_parts, tokenizer=of, encoders=parts)
-        template, render = of.chat_template, partial(_templated, of, of.chat_template, markers)
+        template = of.chat_template
+        forms = (partial(_marked, markers), lambda message: [{"type": "text", "text": _marked(markers, message)}])
     if not template:
-        render = partial(_plainly, markers, of.eos_token or "")
-    return Reader(render, encode, list(markers), rate, of)
+        return Reader(partial(_plainly, markers, of.eos_token or ""), encode, list(markers), rate, of)
+    # Some templates take contents as text, some as lists, and many would leave out the other without a word.
+    probe = [{"role": "user", "content": [{"type": "text", "text": "\ue002"}]}]
+    for form in forms:
+        render = partial(_templated, of, template, form)
+        with suppress(ValueError):
+            if "\ue002" in render(probe, False):
+                return Reader(render, encode, list(markers), rate, of)
+    raise ValueError(f"{source}: its chat template does not show what messages say")
 
 
-def _templated(of, template: str, markers: Mapping[str, str] | None, messages: list[dict], prompt: bool) -> str:
-    """By the chat template; of a tokenizer's, whose contents are strings, with markers in them."""
+def _templated(of, template: str, form: Callable[[Mapping], Any], messages: list[dict], prompt: bool) -> str:
+    """By the chat template; form: a message -> its content as the template takes it."""
     from jinja2 import TemplateError
 
-    if markers is not None:
-        messages = [{**message, "content": _marked(message, markers)} for message in messages]
+    messages = [{**message, "content": form(message)} for message in messages]
     try:
         return of.apply_chat_template(messages, chat_template=template, add_generation_prompt=prompt, tokenize=False)
     except TemplateError as error:
@@ -368,11 +378,17 @@ def _templated(of, template: str, markers: Mapping[str, str] | None, messages: l
 
 def _plainly(markers: Mapping[str, str], end: str, messages: list[dict], prompt: bool) -> str:
     """Where there is no template: contents one after the other, the assistant's ended."""
-    return "".join(_marked(m, markers) + (end if m["role"] == "assistant" else "") for m in messages)
+    return "".join(_marked(markers, m) + (end if m["role"] == "assistant" else "") for m in messages)
 
 
-def _marked(message: Mapping, markers: Mapping[str, str]) -> str:
+def _marked(markers: Mapping[str, str], message: Mapping) -> str:
     return "".join(entry["text"] if entry["type"] == "text" else markers[entry["type"]] for entry in message["content"])
+
+
+def _all_shown(text: str, given: Mapping[str, list], markers: Mapping[str, str]) -> None:
+    for kind, marker in markers.items():
+        if (n := text.count(marker)) != len(given[kind]):
+            raise ValueError(f"the chat template shows {n} {kind}s of {len(given[kind])}")
 
 
 _PART = {"image": "image_processor", "audio": "feature_extractor", "video": "video_processor"}
@@ -420,8 +436,9 @@ def _template_of(source: Path) -> str | None:
 
 
 def _by_processor(
-    text: str, spans: Sequence[Span], given: Mapping[str, list], *, processor, placeholders: Sequence[str]
+    text: str, spans: Sequence[Span], given: Mapping[str, list], *, processor, markers: Mapping[str, str]
 ) -> tuple[dict, torch.Tensor]:
+    _all_shown(text, given, markers)
     more: dict[str, Any] = {}
     for kind, part in _PART.items():
         if given[kind] and getattr(processor, part, None) is None:
@@ -439,7 +456,7 @@ def _by_processor(
         more["do_sample_frames"] = False  # they are sampled already
     inputs = dict(processor(text=[text], return_tensors="pt", add_special_tokens=False, **more))
     plain = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    special = processor.tokenizer.convert_tokens_to_ids(list(placeholders))
+    special = processor.tokenizer.convert_tokens_to_ids(list(markers.values()))
     at = aligned(plain["input_ids"], inputs["input_ids"][0].tolist(), {*special})
     trained = torch.zeros(inputs["input_ids"].shape[1], dtype=torch.bool)
     for (start, end), place in zip(plain["offset_mapping"], at, strict=True):
@@ -480,6 +497,7 @@ def _by_parts(
 ) -> tuple[dict, torch.Tensor]:
     """For a composition: a placeholder for each output of its encoders. An encoder called image..., audio... or
     video... is for those."""
+    _all_shown(text, given, {kind: f"\ue000{kind}\ue001" for kind in KINDS})
     ids: list[int] = []
     trained: list[bool] = []
     inputs: dict[str, list] = {name: [] for name in encoders}

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from processors import write_model, write_tokenizer
+from processors import OF_IMAGES, OF_TEXT, write_model, write_tokenizer
 
 from ftrain import media, samples
 from ftrain.data import collate, in_one_row
@@ -150,6 +150,33 @@ def test_a_template_that_renders_the_past_otherwise(tmp_path):
     read = samples.make_reader(model, write_tokenizer(tmp_path, template))
     batch = batch_of(model, read, tmp_path, [*turn("a", "one"), *turn("b", "two")])
     assert learned(batch, read.tokenizer) == ["one<|im_end|>", "<think></think>two<|im_end|>"]
+
+
+@pytest.mark.parametrize("preset", ["omni-tiny", "qwen2-vl-tiny"])
+def test_templates_may_take_texts_or_lists(ground, tmp_path, preset):
+    """Given the other, they would leave out all that is said."""
+    model, texts = find_model(preset), []
+    picture(0, 4, 6).save(tmp_path / "0.png")
+    for number, template in enumerate((OF_TEXT, OF_IMAGES)):
+        folder = write_model(tmp_path / str(number))
+        (folder / "chat_template.jinja").write_text(template)
+        read = samples.make_reader(model, folder)
+        batch = batch_of(model, read, tmp_path, turn("see <image>!", "yes"), images=["0.png"])
+        assert learned(batch, read.tokenizer) == ["yes<|im_end|>"]
+        texts.append(read.tokenizer.decode(batch["input_ids"][0]))
+    outer = "<|vision_start|>", "<|vision_end|>"  # only the template of images puts them around one
+    assert texts[0] == (texts[1] if preset == "omni-tiny" else texts[1].replace(outer[0], "").replace(outer[1], ""))
+    (folder / "chat_template.jinja").write_text("nothing")
+    with pytest.raises(ValueError, match="its chat template does not show what messages say"):
+        samples.make_reader(model, folder)
+
+
+def test_a_template_that_leaves_out_images_is_refused(ground, model, tmp_path):
+    folder = write_model(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(OF_IMAGES.replace("<|image_pad|>", ""))
+    read = samples.make_reader(model, folder)
+    with pytest.raises(ValueError, match="the chat template shows 0 images of 1"):
+        batch_of(model, read, ground, turn("<image>"), images=["0.png"])
 
 
 def test_without_a_template_contents_follow_each_other(tmp_path):
