@@ -34,7 +34,7 @@ from .disk import (
 from .layout import Placements
 from .model import Model
 from .pretrained import FILE_BYTES, hf_config
-from .safetensors_io import Layout, make_header, make_index, read_values, write_file
+from .safetensors_io import Layout, make_header, make_index, read_values, stem_for, write_file
 from .specs import ParamSpec, Specs, stored, to_stored, trainable
 from .state import State, gather_to, make_state, own_slices
 
@@ -99,7 +99,7 @@ def kinds(specs: Specs) -> dict[str, dict[str, ParamSpec]]:
     return {"model": dict(specs), "mu": stacked, "nu": stacked}
 
 
-def share_out(specs: Specs, ranks: int, file_bytes: int = FILE_BYTES) -> list[File]:
+def share_out(specs: Specs, ranks: int, file_bytes: int = FILE_BYTES, stem: str = "model") -> list[File]:
     """The files of a checkpoint. Of each kind of tensor every rank writes about as many bytes,
     neighbours in the model together."""
     files = []
@@ -117,7 +117,7 @@ def share_out(specs: Specs, ranks: int, file_bytes: int = FILE_BYTES) -> list[Fi
             groups[-1][1][name] = spec
         folder = "" if kind == "model" else f"{TRAIN_STATE}/"
         files += [
-            File(f"{folder}{kind}-{i:05d}-of-{len(groups):05d}.safetensors", kind, rank, members)
+            File(f"{folder}{stem if kind == 'model' else kind}-{i:05d}-of-{len(groups):05d}.safetensors", kind, rank, members)
             for i, (rank, members) in enumerate(groups, 1)
         ]
     return files
@@ -139,7 +139,8 @@ def save(
     rank, ranks = _all_ranks(mesh).rank, _all_ranks(mesh).size
     step = int(state.step)
     directory = Path(out) / CHECKPOINTS
-    files = share_out(model.specs, ranks, file_bytes)
+    stem = stem_for(model.hf)
+    files = share_out(model.specs, ranks, file_bytes, stem)
     sizes = {file.path: make_header(file.layout)[1] for file in files}
     token = sum_over_ranks(mesh, [secrets.randbits(32) if rank == 0 else 0])[0]
     tmp, target = (directory / f"step-{step}{suffix}" for suffix in (f".tmp-{token:08x}", ""))
@@ -156,7 +157,8 @@ def save(
         for kind in _KINDS:
             of_kind = [tmp / file.path for file in files if file.kind == kind]
             layouts = {Path(file.path).name: file.layout for file in files if file.kind == kind}
-            write_json(of_kind[0].with_name(f"{kind}.safetensors.index.json"), make_index(layouts))
+            index = f"{stem if kind == 'model' else kind}.safetensors.index.json"
+            write_json(of_kind[0].with_name(index), make_index(layouts))
         of_job = {"step": step, "model_type": model.family, "ftrain": __version__, "rng": get_rng()}
         write_json(tmp / TRAIN_STATE / "train_state.json", {**meta, **of_job})
         checks = {file.path: (sizes[file.path], crc) for file, crc in zip(files, crcs, strict=True)}
