@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import __version__ as transformers_version
 
 from . import media, tokenizer
 from .cache import cache_root, cached, content_hash
@@ -116,6 +115,8 @@ def prepare(path: str, model: Model, source: Path | None, seq_len: int, cache_di
     """
     lines = Lines(Path(path))
     with quiet():  # transformers imports torchao
+        from transformers import __version__ as transformers_version
+
         read = make_reader(model, source)
     folder = lines.path.resolve().parent
 

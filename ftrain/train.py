@@ -29,7 +29,7 @@ from .model import Model, find_model, has_weights, param_counts
 from .optim import AdamW, Schedule
 from .plan import find_plan
 from .precision import by_layer, compute_dtype, fp8_report
-from .pretrained import init_from, init_from_sources
+from .pretrained import hf_config, init_from, init_from_sources
 from .recipes import Run
 from .specs import Specs, trainable
 from .state import State, init_state
@@ -347,7 +347,8 @@ def _loop(
             line = data.sample(job, state)
         con.info(f"sample: {line}")
     score(cfg.steps, "finish")
-    con.info(f"the model is in {Path(cfg.out) / CHECKPOINTS / f'step-{cfg.steps}'}, as transformers opens it")
+    opens = "transformers" if hf_config(job.model.hf, None).get("architectures") else "ftrain.load_pretrained"
+    con.info(f"the model is in {Path(cfg.out) / CHECKPOINTS / f'step-{cfg.steps}'}, as {opens} opens it")
 
 
 def _shapes(part: Batch) -> Shapes:
