@@ -1,6 +1,7 @@
 """Python files of the user's own: plans, encoders, decoders."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -8,9 +9,10 @@ from types import ModuleType
 def import_file(path: str, what: str) -> ModuleType:
     """The module in a file. Raises FileNotFoundError and ValueError, beginning with `what`."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{what}: there is no file {path}")
+        raise FileNotFoundError(f"{what}: there is no file {Path(path).absolute()}")
     spec = importlib.util.spec_from_file_location(f"ftrain_user_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their annotations up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -107,7 +107,7 @@ def find_model(which: str | os.PathLike | Mapping | Any) -> Model:
         try:
             return _from_config(_composed(hf))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path}: {error}") from error
     near = did_you_mean(os.path.basename(which), list(known)) or f"; the presets are {', '.join(known)}"
     raise ValueError(f"model {which!r} is neither a directory nor a preset{near}")
 
