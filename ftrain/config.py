@@ -34,11 +34,15 @@ def _plan_metavar() -> str:
     return "|".join([*sorted(module.name for module in pkgutil.iter_modules(folders)), "FILE.py:FUNCTION"])
 
 
+def _recipe_metavar() -> str:
+    return "|".join([*recipes.names(), "FILE.py"])
+
+
 @dataclass(frozen=True)
 class Task:
     """What is trained, on what, for how long."""
 
-    recipe: Annotated[str | None, tyro.conf.arg(prefix_name=False, metavar="|".join([*recipes.names(), "FILE.py"]))] = None
+    recipe: Annotated[str | None, tyro.conf.arg(prefix_name=False, metavar=_recipe_metavar())] = None
     """A whole run by name: its model, its data, and defaults of its own for all flags."""
     model: Flat[str] = "qwen3-moe-tiny"
     """A preset's name, a directory with a Hugging Face config.json (and weights, if present), or a YAML or JSON
@@ -123,7 +127,7 @@ class Optimizer:
     freeze: Flat[tuple[str, ...]] = ()
     """Parameters that stay as they are: their names, or how these begin, or patterns with * (model.visual *.bias)."""
     lr_factor: Annotated[tuple[str, ...], tyro.conf.arg(prefix_name=False, metavar="NAME=FACTOR")] = ()
-    """Factors on the learning rate of parameters named in the same way (encoders.image=0.1); the last that fits holds."""
+    """Factors on the learning rate of parameters named in that way (encoders.image=0.1); the last that fits holds."""
     router_aux_loss: Flat[float | None] = None
     """Coefficient of the experts' load-balancing loss; None: the one in the model's config."""
     router_z_loss: Flat[float] = 0.0
@@ -267,7 +271,8 @@ def with_recipe(cfg: TrainConfig, name: str) -> TrainConfig:
     values = recipes.defaults(name)
     mesh = {key.removeprefix("mesh."): values.pop(key) for key in list(values) if key.startswith("mesh.")}
     known = [f.name for f in fields(TrainConfig) if f.name not in ("mesh", "overwrite", "recipe")]
-    for key, names in [*((key, known) for key in values), *((key, [f.name for f in fields(MeshConfig)]) for key in mesh)]:
+    known_mesh = [f.name for f in fields(MeshConfig)]
+    for key, names in [*((key, known) for key in values), *((key, known_mesh) for key in mesh)]:
         if key not in names:
             raise ValueError(f"--recipe {name}: DEFAULTS has an unknown key {key!r}{did_you_mean(key, names)}")
     return dataclasses.replace(cfg, recipe=name, mesh=dataclasses.replace(cfg.mesh, **mesh), **values)
@@ -295,7 +300,7 @@ def factors(pairs: Sequence[str]) -> list[tuple[str, float]]:
         except ValueError:
             factor = -1.0
         if not name or not 0 <= factor < math.inf:
-            raise ValueError(f"--lr-factor {pair}: must be NAME=FACTOR with a factor of 0 or more, as encoders.image=0.1")
+            raise ValueError(f"--lr-factor {pair}: must be NAME=FACTOR, the factor 0 or more, as encoders.image=0.1")
         out.append((name, factor))
     return out
 

@@ -1,4 +1,4 @@
-"""Going on from prompts, text or with images and sounds in it, with the model as it stands, on the mesh that trains it."""
+"""Going on from prompts, with images and sounds in them or not, on the mesh that trains the model."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .collectives import all_reduce
 from .data import local_batch, padded
+from .items import Item
 from .job import Job
 from .loss import IGNORE
 from .ops import Output, fill_batch
@@ -94,13 +95,14 @@ def complete(
 def _widened(batch: Mapping, width: int) -> dict:
     """The batch with longer rows, tensors of its own."""
     S = batch["segment_ids"].shape[1]
-    items = {
-        name: [item._replace(slots=torch.where(item.slots < 0, -1, item.slots // S * width + item.slots % S)) for item in of]
-        for name, of in batch.get("items", {}).items()
-    }
+
+    def moved(item: Item) -> Item:
+        return item._replace(slots=torch.where(item.slots < 0, -1, item.slots // S * width + item.slots % S))
+
+    items = {name: [moved(item) for item in of_encoder] for name, of_encoder in batch.get("items", {}).items()}
     tensors = {name: t for name, t in _with_labels(batch).items() if name != "items"}
     wide = {
-        name: t if name.startswith("row_") else padded(name, t, t.shape[0], width).clone() for name, t in tensors.items()
+        name: t if name.startswith("row_") else padded(name, t, len(t), width).clone() for name, t in tensors.items()
     }
     return wide | ({"items": items} if items else {})
 

@@ -133,7 +133,9 @@ def _path(reference: Any, folder: Path) -> Path | None:
     if not isinstance(reference, str) or reference.startswith("data:"):
         return None
     if reference.startswith(("http://", "https://")):
-        raise ValueError(f"{shown(reference)}: nothing is downloaded while training; give a path, or the bytes in base64")
+        raise ValueError(
+            f"{shown(reference)}: nothing is downloaded while training; give a path, or the bytes in base64"
+        )
     name = reference.removeprefix("file://")
     try:
         path = folder / name  # an absolute one stays as it is
@@ -151,7 +153,9 @@ def _stream(reference: Any, folder: Path) -> io.BufferedIOBase:
             return open(path, "rb")
         except OSError:
             if (raw := _decoded(reference)) is None:
-                raise FileNotFoundError(f"{shown(reference)}: there is no such file (paths start at {folder})") from None
+                raise FileNotFoundError(
+                    f"{shown(reference)}: there is no such file (paths start at {folder})"
+                ) from None
             return io.BytesIO(raw)
     if isinstance(reference, dict):
         reference = reference.get("bytes")

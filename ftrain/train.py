@@ -389,7 +389,8 @@ def _heldout_losses(
                 if name.endswith(("_sum", "_targets")):
                     totals[name] = totals.get(name, 0.0) + float(value)
     names = [name.removesuffix("_sum") for name in totals if name.endswith("_sum")]
-    return {metric(n): (totals[f"{n}_sum"] / max(totals[f"{n}_targets"], 1), int(totals[f"{n}_targets"])) for n in names}
+    counts = {name: int(totals[f"{name}_targets"]) for name in names}
+    return {metric(name): (totals[f"{name}_sum"] / max(n, 1), n) for name, n in counts.items()}
 
 
 def _save(cfg: TrainConfig, job: Job, state: State, data: Data, sequences: int) -> None:

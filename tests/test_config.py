@@ -83,8 +83,8 @@ def test_json_values_are_held_to_the_types():
         ({"beta1": 1.0}, "--beta1 1.0: must be at least 0 and less than 1"),
         ({"min_lr_ratio": 1.5}, "--min-lr-ratio 1.5: must be between 0 and 1"),
         ({"router_aux_loss": -0.1}, "--router-aux-loss -0.1: must be 0 or more, and finite"),
-        ({"lr_factor": ("a=0.5", "b")}, "--lr-factor b: must be NAME=FACTOR with a factor of 0 or more, as encoders.image=0.1"),
-        ({"lr_factor": ("a=-1",)}, "--lr-factor a=-1: must be NAME=FACTOR with a factor of 0 or more, as encoders.image=0.1"),
+        ({"lr_factor": ("a=0.5", "b")}, "--lr-factor b: must be NAME=FACTOR, the factor 0 or more, as encoders.image=0.1"),
+        ({"lr_factor": ("a=-1",)}, "--lr-factor a=-1: must be NAME=FACTOR, the factor 0 or more, as encoders.image=0.1"),
         ({"accumulate": 3}, "--batch-size 8: must be a multiple of --accumulate 3"),
     ],
 )

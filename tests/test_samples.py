@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from processors import OF_IMAGES, OF_TEXT, write_model, write_tokenizer
 
-from ftrain import media, samples
+from ftrain import media, reader, samples
 from ftrain.data import collate, in_one_row
 from ftrain.items import Item
 from ftrain.model import find_model
@@ -98,7 +98,7 @@ def test_labels_are_the_assistants_turns_whatever_images_stand_between(ground, m
 
 def test_samples_are_what_transformers_makes_of_them(ground, model, read):
     """The same ids, patches and grid as its processor gives, called by hand."""
-    processor = samples.load_processor(ground / "model")
+    processor = reader.load_processor(ground / "model")
     text = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>hm<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
     expected = dict(processor(text=[text], images=[Image.open(ground / "1.png")], return_tensors="pt"))
     expected = model.prepare(expected)
@@ -216,7 +216,7 @@ def test_alignment_finds_every_token(pieces, data):
             plain.append(token)
             expected.append(len(expanded))
             expanded.append(token)
-    assert samples.aligned(plain, expanded, {9}) == expected
+    assert reader.aligned(plain, expanded, {9}) == expected
 
 
 # --- Rows

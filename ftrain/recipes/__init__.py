@@ -7,8 +7,8 @@ The first line of the file's docstring is what it does. The file has
         the file, so that `--help` stays quick.
 
     def model(cfg: TrainConfig) -> dict
-        The model's config, with its `model_type` (a composition's too). Left out where `--model` says it, which DEFAULTS
-        may set. It may convert or unpack weights into the cache (`ftrain.cache.cached`).
+        The model's config, with its `model_type` (a composition's too). Left out where `--model` says it, which
+        DEFAULTS may set. It may convert or unpack weights into the cache (`ftrain.cache.cached`).
 
     def data(cfg: TrainConfig, model: Model, source: Path | None) -> Data
         See `ftrain.data.Data`. source: the directory that `--model` or `--init` names, if any.
@@ -19,7 +19,8 @@ The first line of the file's docstring is what it does. The file has
         What else there is to show, it prints with `run.con.info` (only the first rank speaks) and writes, on the rank
         with `run.first`, into `run.out`.
 
-`model` and `data` are called by one rank of each machine, then by the others: what the first left in the cache is there.
+`model` and `data` are called by one rank of each machine, then by the others: what the first left in the cache is
+there.
 They say what is missing in a sentence, by FileNotFoundError or ValueError: what to install, above all.
 `start` and `finish` are called by every rank, since every rank holds a part of the model:
 `ftrain.generate.complete(run.job, run.state, batch, n, stop)` goes on from the rows of a global batch on the mesh, and
@@ -113,8 +114,8 @@ def find(name: str) -> ModuleType:
     from ..files import import_file
 
     path = file(name)
-    in_folder = path.parent == Path(__path__[0])
-    module = importlib.import_module(f"{__name__}.{path.stem}") if in_folder else import_file(str(path), f"--recipe {name}")
+    own = path.parent != Path(__path__[0])
+    module = import_file(str(path), f"--recipe {name}") if own else importlib.import_module(f"{__name__}.{path.stem}")
     if not hasattr(module, "data"):
         raise ValueError(f"{path} lacks data: a recipe has DEFAULTS and data, and may have model, start and finish")
     return module
