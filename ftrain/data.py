@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from .cache import cache_root, cached, content_hash
 from .corpus import find_corpus, read_documents, split
-from .items import Item
+from .items import Item, in_rows_of
 from .tokenizer import eos_ids, has_tokenizer, tokenizer_for, vocab_size
 
 Batch = dict[str, torch.Tensor]
@@ -266,7 +266,7 @@ def collate(batches: Sequence[Mapping], seq_len: int | None = None) -> dict:
             {name: t if name.startswith("row_") else padded(name, t, rows, S) for name, t in tensors.items()}
         )
         for name, of_encoder in batch.get("items", {}).items():
-            items.setdefault(name, []).extend(_moved(item, length, S, first) for item in of_encoder)
+            items.setdefault(name, []).extend(in_rows_of(item, S, length, first) for item in of_encoder)
         first += rows
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | ({"items": items} if items else {})
 
@@ -285,8 +285,7 @@ def in_one_row(batches: Sequence[Mapping]) -> dict:
         own = tensors["segment_ids"]
         parts.append(tensors | {"segment_ids": torch.where(own < 0, -1, own + segment)})
         for name, of_encoder in batch.get("items", {}).items():
-            moved = (item._replace(slots=torch.where(item.slots < 0, -1, item.slots + column)) for item in of_encoder)
-            items.setdefault(name, []).extend(moved)
+            items.setdefault(name, []).extend(item.moved(lambda slots: slots + column) for item in of_encoder)
         column += own.shape[1]
         segment += int(own.max()) + 1
     joined = {name: torch.cat([part[name] for part in parts], 0 if name.startswith("row_") else 1) for name in parts[0]}
@@ -310,12 +309,6 @@ def _alike(batches: Sequence[Mapping]) -> Iterator[dict[str, torch.Tensor]]:
                 t = t[..., None].expand(-1, -1, axes)
             tensors[name] = t
         yield tensors
-
-
-def _moved(item: Item, was: int, seq_len: int, rows: int) -> Item:
-    """The item, in rows of another length and so many rows further down."""
-    slots = torch.where(item.slots < 0, -1, (item.slots // was + rows) * seq_len + item.slots % was)
-    return item._replace(slots=slots)
 
 
 def padded(name: str, t: torch.Tensor, rows: int, columns: int | None = None) -> torch.Tensor:

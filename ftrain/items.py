@@ -28,6 +28,15 @@ class Item(NamedTuple):
     def units(self) -> int:
         return len(next(iter(self.fields.values())))
 
+    @property
+    def outputs(self) -> int:
+        """How many tokens take one."""
+        return int((self.slots >= 0).sum())
+
+    def moved(self, where: Callable[[Tensor], Tensor]) -> "Item":
+        """The item with where(slots) in place of its slots; -1 stays."""
+        return self._replace(slots=torch.where(self.slots < 0, -1, where(self.slots)))
+
 
 class Packing(NamedTuple):
     """How well items were shared out: units in all, units of the rank with most, units each rank computes, ranks."""
@@ -151,11 +160,12 @@ def seat(items: Sequence[Item], tokens: Tensor, name: str = "item") -> list[Item
 
     Raises ValueError where there are more or fewer outputs than tokens for them.
     """
-    outputs = sum(int((item.slots >= 0).sum()) for item in items)
+    outputs = sum(item.outputs for item in items)
     if outputs != len(tokens):
         raise ValueError(f"{name}: {outputs} outputs of the encoder for {len(tokens)} placeholder tokens")
-    return [item._replace(slots=_seated(item.slots, tokens)) for item in items]
+    return [item.moved(lambda slots: tokens[slots.clamp(min=0)]) if outputs else item for item in items]
 
 
-def _seated(slots: Tensor, tokens: Tensor) -> Tensor:
-    return torch.where(slots >= 0, tokens[slots.clamp(min=0)], -1) if len(tokens) else slots
+def in_rows_of(item: Item, S: int, was: int, down: int = 0) -> Item:
+    """The item in rows of S tokens instead of `was`, and so many rows further down."""
+    return item.moved(lambda slots: (slots // was + down) * S + slots % was)

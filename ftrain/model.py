@@ -53,7 +53,8 @@ class Model:
 FAMILY = ("PRESETS", "config", "specs", "forward")  # what a family's module has
 # What it may have besides, when it takes or gives more than text: of (inputs, cfg), of (cfg, ...), of cfg alone.
 OF_INPUTS, OF_GENERATOR, OF_CFG = ("prepare", "targets"), ("examples",), ("blanks", "weights", "sources")
-# And: ALIASES, other `model_type`s that are this family's; IGNORED, see Model.ignored.
+# And: ALIASES, other `model_type`s that are this family's; CLASS_NAME, what diffusers' configs have in its place;
+# IGNORED, see Model.ignored.
 
 
 def families() -> dict[str, Any]:

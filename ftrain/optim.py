@@ -101,5 +101,6 @@ def update_(
     names = list(grads)
     _adamw_(
         *([tensors[name] for name in names] for tensors in (params, grads, mu, nu)),
-        [specs[name].decay for name in names], [float(specs[name].lr) for name in names], (step + 1).float(), lr, scale, (~apply).float(), adam.beta1, adam.beta2, adam.weight_decay, adam.eps,
+        [specs[name].decay for name in names], [float(specs[name].lr) for name in names],
+        (step + 1).float(), lr, scale, (~apply).float(), adam.beta1, adam.beta2, adam.weight_decay, adam.eps,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from .parallel import Gathered, Sharding
 from .specs import trainable
 from .state import State, place
 
+
 @dataclass(frozen=True)
 class Recipe:
     """What is minimised, and how. router_aux, router_z: coefficients of the router's losses."""
