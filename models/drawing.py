@@ -1,15 +1,31 @@
-"""Images drawn code by code, each from the hidden state before it, on one device."""
+"""Images drawn code by code, each from the hidden state before it: what is to be learned, and drawing on one device."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..items import Item
 from ..kv import remembering
+from ..loss import IGNORE
 from ..ops import plain
 from . import decoder
 from .decoder import DecoderConfig
+
+
+def next_codes(segment_ids: Tensor, images: Sequence[Item]) -> Tensor:
+    """Labels [B, S] of images whose codes stand at their slots: at the token before each, the code, else -100.
+
+    Raises ValueError where the text has no token before an image's first.
+    """
+    labels, segments = torch.full_like(segment_ids, IGNORE).flatten(), segment_ids.flatten()
+    for item in images:
+        before = item.slots - 1
+        if int(item.slots[0]) % segment_ids.shape[1] == 0 or segments[before[0]] != segments[item.slots[0]]:
+            raise ValueError("an image that is drawn has no token before it, whose hidden state its first code follows")
+        labels = labels.index_put((before,), item.fields["codes"])
+    return labels.view_as(segment_ids)
 
 
 @torch.no_grad()

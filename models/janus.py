@@ -17,7 +17,7 @@ from . import decoder, fields, llama
 from .decoder import DecoderConfig
 from .decoders import codes as head
 from .decoders import vq
-from .drawing import draw
+from .drawing import draw, next_codes
 from .encoders import codes, siglip
 
 AT, HEAD, VQ = "model", "model.generation_head", "model.vqmodel"  # where the parts' parameters are
@@ -129,11 +129,7 @@ def prepare(inputs: Mapping[str, Tensor], cfg: JanusConfig) -> dict:
         for of_image, tokens in zip(found, at[drawn], strict=True)
         for item in codes.items(of_image, cfg.codes)
     ]
-    before = at[drawn] - 1
-    segments = batch["segment_ids"].flatten()
-    if (at[drawn][:, 0] % ids.shape[1] == 0).any() or (segments[before] != segments[at[drawn]]).any():
-        raise ValueError("an image that is drawn has no token before it, whose hidden state its first code follows")
-    batch["image.labels"] = torch.full_like(ids, IGNORE).flatten().index_put((before,), found).view_as(ids)
+    batch["image.labels"] = next_codes(batch["segment_ids"], items["codes"])
     if "labels" in batch:  # the next token of these is no token of text
         batch["labels"] = batch["labels"].masked_fill(batch["image.labels"] != IGNORE, IGNORE)
     return {**batch, "items": items}

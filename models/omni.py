@@ -32,9 +32,13 @@ from ..loss import IGNORE
 from ..ops import Ops, Output, fill_batch, layer_params
 from ..specs import ParamSpec, normal, zeros
 from . import fields
+from .encoders import vit
 
 PROJECTORS = ("linear", "mlp", "none")
 OF_PART = ("type", "config", "lr", "weights", "weights_prefix")
+TEXT = {"input_ids", "attention_mask", "position_ids", "segment_ids", "labels", "token_type_ids"}
+# Names that batches, streams and metrics have for other things.
+TAKEN = TEXT | {"items", "hidden", "loss", "tokens", "router_aux", "router_z"}
 
 # Small enough to try: an image of patches, and text.
 PRESETS = {
@@ -56,7 +60,7 @@ PRESETS = {
             "image": {
                 "type": "vit",
                 "placeholder": 7,
-                "config": {"patch_size": 2, "num_channels": 1, "hidden_size": 24, "num_hidden_layers": 2},
+                "config": vit.TINY,
             },
         },
     }
@@ -100,13 +104,19 @@ class OmniConfig:
         return getattr(self.foundation, name)
 
 
-def config(hf: Mapping) -> OmniConfig:
+def config(hf: Mapping, family: str | None = None) -> OmniConfig:
+    """family: the one that the foundation must be of, for families that are compositions themselves. Raises
+    ValueError, naming key and value, for what is missing, unknown or impossible."""
     known = ("model_type", "foundation", "lr", "encoders", "decoders", "weights")
     _only(hf, (*known, "architectures", "dtype", "transformers_version"), "of an omni model")
     inner = fields.read(hf, "foundation")
     if not isinstance(inner, Mapping) or not isinstance(inner.get("model_type"), str):
         fields.refuse("foundation", inner, "the config of a language model, with its model_type")
-    module = _module("", inner["model_type"], ("specs", "config", "forward"))
+    if family not in (None, inner["model_type"]):
+        fields.refuse("foundation.model_type", inner["model_type"], repr(family))
+    module = _module("", inner["model_type"], ("specs", "forward"))
+    if hasattr(module, "examples"):
+        fields.refuse("foundation.model_type", inner["model_type"], "a language model's, that takes text alone")
     foundation = module.config(inner)
     encoders, decoders, weights = {}, {}, {}
     if hf.get("weights") is not None:
@@ -116,7 +126,7 @@ def config(hf: Mapping) -> OmniConfig:
         _only(part, (*of_encoder, *OF_PART), f"of the encoder {name}")
         if part.get("weights") is not None:
             weights[f"encoders.{name}."] = (part["weights"], part.get("weights_prefix") or "")
-        encoder = _module("encoders", fields.read(part, "type"), ("specs", "blank", "encode", "items"))
+        encoder = _module("encoders", fields.read(part, "type"), ("specs", "blank", "encode", "items", "example"))
         placeholder = fields.read(part, "placeholder")
         if type(placeholder) is not int or not 0 <= placeholder < foundation.vocab:
             fields.refuse(f"encoders.{name}.placeholder", placeholder, f"a token below vocab_size = {foundation.vocab}")
@@ -135,9 +145,9 @@ def config(hf: Mapping) -> OmniConfig:
         _only(part, ("input", "weight", *OF_PART), f"of the decoder {name}")
         if part.get("weights") is not None:
             weights[f"decoders.{name}."] = (part["weights"], part.get("weights_prefix") or "")
-        if name in encoders or name in (*widths, "loss", "tokens"):
-            fields.refuse("decoders", name, "a name that nothing else in the model has")
-        decoder = _module("decoders", fields.read(part, "type"), ("specs", "blank", "decode", "width"))
+        if name in encoders:
+            fields.refuse("decoders", name, "a name that no encoder has")
+        decoder = _module("decoders", fields.read(part, "type"), ("specs", "blank", "decode", "width", "example"))
         stream = fields.read(part, "input", "hidden")
         if stream not in widths:
             fields.refuse(f"decoders.{name}.input", stream, f"one of {', '.join(widths)}")
@@ -165,6 +175,8 @@ def _only(given: Mapping, known: tuple[str, ...], where: str) -> None:
 def _parts(hf: Mapping, key: str) -> list[tuple[str, Mapping]]:
     parts = fields.read(hf, key, {})
     named = isinstance(parts, Mapping) and all(isinstance(n, str) and n.isidentifier() for n in parts)
+    if named and (bad := [name for name in parts if name in TAKEN or name.startswith("row_")]):
+        fields.refuse(key, bad[0], f"a name other than {', '.join(sorted(TAKEN))} and row_...")
     if not named or not all(isinstance(part, Mapping) for part in parts.values()):
         fields.refuse(key, parts, "a mapping from names (letters, digits, _) to configs")
     return list(parts.items())
@@ -178,7 +190,9 @@ def _module(folder: str, kind: str, needed: tuple[str, ...]) -> ModuleType:
     else:
         try:
             module = importlib.import_module(f"{__package__}.{folder}.{kind}".replace("..", "."))
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if not error.name.startswith(__package__):
+                raise ValueError(f"type {kind!r} needs {error.name}, which is not installed") from None
             place = f"models/{folder}" if folder else "models"
             raise ValueError(f"type {kind!r}: {place} has no module of that name, and it is no path to a .py file") from None
     if lacking := [name for name in ("config", *needed) if not hasattr(module, name)]:
@@ -224,6 +238,9 @@ def forward(p: Mapping[str, Tensor], batch: Mapping[str, Tensor], cfg: OmniConfi
         placed = placed | (batch[f"{name}.source"] >= 0)
         for level, of_level in enumerate(y.unbind(2) if y.ndim == 4 else [y]):
             levels[level : level + 1] = [levels[level] + of_level if level < len(levels) else of_level]
+    if len(levels) - 1 > cfg.foundation.layers:
+        raise ValueError(f"an encoder has {len(levels) - 1} levels besides its outputs: the foundation, of "
+                         f"{cfg.foundation.layers} layers, takes one after each")  # fmt: skip
     if levels:
         batch = {**batch, "embeddings": levels[0], "placed": placed, "deep": levels[1:]}
     out = cfg.module.forward(p, batch, cfg.foundation, ops)
@@ -248,16 +265,21 @@ def prepare(inputs: Mapping, cfg: OmniConfig) -> dict:
     Raises ValueError where raw samples and placeholder tokens do not match.
     """
     for key in inputs:
-        if key.partition(".")[0] not in {*cfg.encoders, *cfg.decoders} | TEXT:
+        if key not in cfg.encoders and (key.partition(".")[0] if "." in key else None) not in cfg.decoders and key not in TEXT:
             raise ValueError(
                 f"the inputs have {key!r}, but the model has the encoders {', '.join(cfg.encoders) or '(none)'} "
                 f"and the decoders {', '.join(cfg.decoders) or '(none)'}"
             )
     batch = fill_batch({key: value for key, value in inputs.items() if key not in cfg.encoders})
     for name, part in cfg.decoders.items():
-        if not layer_params(batch, name):
-            fields = part.module.blank(part.cfg, tuple(batch["segment_ids"].shape))
-            batch |= {f"{name}.{field}": t for field, t in fields.items()}
+        given = layer_params(batch, name)
+        nothing = part.module.blank(part.cfg, tuple(batch["segment_ids"].shape))
+        if given.keys() - nothing.keys():
+            raise ValueError(f"targets {', '.join(given)} of {name}: they are {', '.join(nothing)}")
+        for field, blank in nothing.items():
+            if given.get(field, blank).shape != blank.shape:
+                raise ValueError(f"{name}.{field} are {list(given[field].shape)}: they must be {list(blank.shape)}")
+            batch[f"{name}.{field}"] = given.get(field, blank)
     batch["items"] = {
         name: seat(raw_items(part, inputs.get(name, ())), _tokens(batch, part.placeholder), name)
         for name, part in cfg.encoders.items()
@@ -268,9 +290,6 @@ def prepare(inputs: Mapping, cfg: OmniConfig) -> dict:
         if part.placeholder not in given and len(tokens := _tokens(batch, part.placeholder)):
             raise ValueError(f"the text has {len(tokens)} placeholder tokens of {name}, but there is no input for them")
     return batch
-
-
-TEXT = {"input_ids", "attention_mask", "position_ids", "segment_ids", "labels", "token_type_ids"}
 
 
 def _tokens(batch: Mapping[str, Tensor], placeholder: int) -> Tensor:
@@ -320,7 +339,8 @@ def weights(cfg: OmniConfig) -> dict[str, float]:
 def examples(cfg: OmniConfig, generator: torch.Generator) -> list[dict]:
     """Text alone, each encoder alone, all of them together; targets for every decoder."""
     names = list(cfg.encoders)
-    return [_example(chosen, cfg, generator) for chosen in ([], *([name] for name in names), names * (len(names) > 1))]
+    together = [names] if len(names) > 1 else []
+    return [_example(chosen, cfg, generator) for chosen in ([], *([name] for name in names), *together)]
 
 
 def _example(names: list[str], cfg: OmniConfig, generator: torch.Generator) -> dict:

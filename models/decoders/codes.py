@@ -17,6 +17,8 @@ from .. import aligner, fields
 from ..aligner import ACTIVATIONS
 from ..decoder import projection
 
+TINY = {"num_embeddings": 37, "projection_dim": 12}
+
 
 @dataclass(frozen=True, kw_only=True)
 class CodesConfig:

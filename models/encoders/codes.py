@@ -15,6 +15,8 @@ from ...ops import Ops
 from ...specs import ParamSpec, normal
 from .. import aligner, fields
 
+TINY = {"num_embeddings": 37, "embed_dim": 6, "projection_dim": 20}
+
 
 @dataclass(frozen=True, kw_only=True)
 class CodesConfig:
@@ -57,7 +59,7 @@ def items(raw: Tensor, cfg: CodesConfig) -> list[Item]:
     return [Item({"codes": raw}, torch.arange(len(raw)))]
 
 
-def example(cfg: CodesConfig, generator: torch.Generator, n: int = 16) -> Tensor:
+def example(cfg: CodesConfig, generator: torch.Generator, n: int = 9) -> Tensor:
     return torch.randint(cfg.codes, (n,), generator=generator)
 
 

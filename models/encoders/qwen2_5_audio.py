@@ -7,7 +7,9 @@ frames. P frames of all items, H hidden, N heads, D head size.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +21,10 @@ from .. import fields
 from ..decoder import project, projection
 
 FRAMES = 4  # of the spectrogram, that make one output
+TINY = {
+    "d_model": 24, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 40, "num_mel_bins": 11,
+    "n_window": 10, "output_dim": 20,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +37,7 @@ class AudioConfig:
     mels: int
     chunk: int  # frames
     std: float
+    rate: int = 16_000  # samples of a sound, a second
 
 
 def config(hf: Mapping) -> AudioConfig:
@@ -194,6 +201,19 @@ def from_processor(sounds: list[Tensor], cfg: AudioConfig) -> list[Item]:
                 out.append(Item(known, F.pad(first + torch.arange(n), (0, (L + more) // FRAMES - n), value=-1)))
             first += n
     return out
+
+
+def load(sound, cfg: AudioConfig) -> Tensor:
+    """A sound's samples, `rate` of them a second, in [-1, 1] -> its log-mel spectrogram [frames, mels]."""
+    found = _extractor(cfg.mels)(np.asarray(sound), sampling_rate=cfg.rate, padding=False, return_tensors="pt")
+    return found["input_features"][0].T
+
+
+@cache
+def _extractor(mels: int):
+    from transformers import WhisperFeatureExtractor  # seconds to import
+
+    return WhisperFeatureExtractor(feature_size=mels)
 
 
 def example(cfg: AudioConfig, generator: torch.Generator) -> Tensor:

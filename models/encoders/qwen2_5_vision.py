@@ -17,6 +17,10 @@ from ..decoder import projection, rms_norm, swiglu
 from . import qwen2_vision
 from .qwen2_vision import example  # noqa: F401 - the same pictures
 
+TINY = {
+    "depth": 2, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "patch_size": 4, "window_size": 16,
+    "fullatt_block_indexes": [1], "out_hidden_size": 20, "tokens": [1, 16],
+}  # fmt: skip
 _MANY = 1 << 24  # more windows than an item has
 
 

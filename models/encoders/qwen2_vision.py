@@ -24,6 +24,9 @@ from ..rope import rotate
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # How many tokens, at least and at most, an image and a step of a video are resized to.
 TOKENS_OF_IMAGE, TOKENS_OF_VIDEO = (4, 1280), (128, 768)
+TINY = {
+    "depth": 2, "embed_dim": 32, "mlp_ratio": 1.5, "num_heads": 2, "patch_size": 4, "hidden_size": 20, "tokens": [1, 16],
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,7 @@ class VisionConfig:
     merge: int  # a group's side, in patches
     theta: float
     std: float
+    tokens: tuple[float, float] | None = None  # an image is resized to, at least and at most; None: as published
     projections: tuple[str, ...] = ("qkv",)  # of attention: one for all three, or three
 
     @property
@@ -66,7 +70,12 @@ def common(hf: Mapping, hidden: int) -> dict:
     rope = hf.get("rope_parameters") or {}
     if rope.get("rope_type", "axial") not in ("axial", "default"):
         fields.refuse("rope_type", rope["rope_type"], "'axial' in a vision tower")
+    tokens = fields.read(hf, "tokens", None)
+    pair = isinstance(tokens, (list, tuple)) and [type(n) for n in tokens] == [int, int]
+    if tokens is not None and not (pair and 0 < tokens[0] <= tokens[1]):
+        fields.refuse("tokens", tokens, "two integers, how many an image is resized to at least and at most")
     return {
+        "tokens": tokens and tuple(tokens),
         "layers": fields.size(hf, "depth", 32),
         "heads": heads,
         "channels": fields.size(hf, "in_channels", hf.get("in_chans") or 3),
@@ -210,7 +219,8 @@ def items(
     if raw.dtype != np.uint8 or raw.ndim not in (3, 4) or raw.shape[-1] != 3 or not raw.size:
         raise ValueError(f"{raw.dtype} {list(raw.shape)} is no picture: it must be uint8 [H, W, 3], or [T, H, W, 3]")
     still = raw.ndim == 3
-    sizes = resized(*raw.shape[-3:-1], cfg.patch * cfg.merge, tokens or (TOKENS_OF_IMAGE if still else TOKENS_OF_VIDEO))
+    usual = TOKENS_OF_IMAGE if still else TOKENS_OF_VIDEO
+    sizes = resized(*raw.shape[-3:-1], cfg.patch * cfg.merge, tokens or cfg.tokens or usual)
     frames = np.stack([_resize(frame, sizes) for frame in (raw[None] if still else raw)])
     frames = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % cfg.frames, 0)])
     mean, deviation = map(np.float32, colours)

@@ -18,9 +18,12 @@ from ...specs import ParamSpec, normal, zeros
 from .. import fields
 from ..decoder import project, projection
 from . import qwen2_5_audio
-from .qwen2_5_audio import example, layer_norm, layer_specs, layers, reaches, sinusoids, spectrogram  # noqa: F401
+from .qwen2_5_audio import (  # noqa: F401 - samples are alike
+    example, layer_norm, layer_specs, layers, load, reaches, sinusoids, spectrogram,
+)  # fmt: skip
 
 FRAMES = 8  # of the spectrogram, that make one output
+TINY = qwen2_5_audio.TINY | {"downsample_hidden_size": 4, "n_window_infer": 40}
 
 
 @dataclass(frozen=True, kw_only=True)

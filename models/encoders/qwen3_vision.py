@@ -25,6 +25,11 @@ COLOURS = ((0.5,) * 3, (0.5,) * 3)  # what the published processors take off eac
 # How many tokens, at least and at most, an image and all frames of a video are resized to.
 TOKENS_OF_IMAGE, TOKENS_OF_VIDEO = (64, 16384), (4, 24576)
 
+TINY = {
+    "depth": 2, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "patch_size": 4, "out_hidden_size": 20,
+    "num_position_embeddings": 25, "deepstack_visual_indexes": [0], "tokens": [1, 16],
+}  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig(qwen2_vision.VisionConfig):
@@ -126,7 +131,7 @@ def from_processor(pixels: Tensor, grids: Tensor, cfg: VisionConfig) -> list[Ite
 def items(raw: np.ndarray | Tensor, cfg: VisionConfig, tokens: tuple[float, float] | None = None) -> list[Item]:
     """As Qwen2-VL's; `tokens` of an image, or of all frames of a video."""
     raw = np.asarray(raw)
-    least, most = tokens or (TOKENS_OF_IMAGE if raw.ndim == 3 else TOKENS_OF_VIDEO)
+    least, most = tokens or cfg.tokens or (TOKENS_OF_IMAGE if raw.ndim == 3 else TOKENS_OF_VIDEO)
     frames = 1 if raw.ndim == 3 else max(1, -(-len(raw) // cfg.frames) * cfg.frames)
     found = qwen2_vision.items(raw, cfg, (least / frames, most / frames), COLOURS)
     return [_looked_up(item, cfg) for item in found]

@@ -17,6 +17,11 @@ from .. import aligner, fields
 from ..aligner import ACTIVATIONS
 from ..decoder import project, projection
 
+TINY = {
+    "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "mlp_ratio": 2.0, "image_size": 6,
+    "patch_size": 2, "num_image_tokens": 9, "projection_dim": 20,
+}  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class SiglipConfig:

@@ -15,6 +15,8 @@ from ...ops import Ops
 from ...specs import ParamSpec, normal, ones, zeros
 from .. import fields
 
+TINY = {"patch_size": 2, "num_channels": 1, "hidden_size": 24, "num_hidden_layers": 2}
+
 
 @dataclass(frozen=True)
 class VitConfig:

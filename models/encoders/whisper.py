@@ -7,9 +7,7 @@ encoder's outputs, one after the other, are one output of ours: so a language mo
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +17,11 @@ from ...ops import Ops
 from ...specs import ParamSpec, normal
 from .. import fields
 from . import qwen2_5_audio
-from .qwen2_5_audio import convolution_specs, convolved, layer_norm, layer_specs, layers, spectrogram
+from .qwen2_5_audio import (  # noqa: F401 - sounds are read alike
+    convolution_specs, convolved, layer_norm, layer_specs, layers, load, spectrogram,
+)  # fmt: skip
+
+TINY = qwen2_5_audio.TINY | {"max_source_positions": 20, "stack": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +85,6 @@ def items(raw, cfg: WhisperConfig) -> list[Item]:
     position = F.pad(torch.arange(len(raw)), (0, more), value=-1)
     outputs = torch.arange(len(position) // (2 * cfg.stack))
     return [Item({"features": F.pad(raw, (0, 0, 0, more)), "position": position}, outputs)]
-
-
-def load(sound, cfg: WhisperConfig) -> Tensor:
-    """A sound's samples, `rate` of them a second, in [-1, 1] -> its log-mel spectrogram [frames, mels]."""
-    found = _extractor(cfg.mels)(np.asarray(sound), sampling_rate=cfg.rate, padding=False, return_tensors="pt")
-    return found["input_features"][0].T
-
-
-@cache
-def _extractor(mels: int):
-    from transformers import WhisperFeatureExtractor  # seconds to import
-
-    return WhisperFeatureExtractor(feature_size=mels)
 
 
 def example(cfg: WhisperConfig, generator: torch.Generator) -> Tensor:
