@@ -1,7 +1,7 @@
 """Pretrained weights that come in Python packages -> Hugging Face directories in the cache, made once.
 
 Each function is the name of a package's model -> a directory such as `ftrain.load_pretrained`, or the part of a
-composition, reads. They raise ModuleNotFoundError where the package is not installed, with what to install.
+composition, reads. They raise FileNotFoundError where the package is not installed, with what to install.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ def _folder(package: str, *more: str) -> Path:
     lacking = missing(package, *more)
     if lacking:
         packages = " ".join(name.replace("_", "-") for name in lacking)
-        raise ModuleNotFoundError(f"the package {packages.replace(' ', ' and ')} is not installed: pip install {packages}")
+        raise FileNotFoundError(f"the package {packages.replace(' ', ' and ')} is not installed: pip install {packages}")
     return Path(importlib.util.find_spec(package).submodule_search_locations[0])
 
 

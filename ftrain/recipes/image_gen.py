@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from .. import digits, tokenizer
 from ..config import TrainConfig
@@ -19,16 +18,15 @@ from ..in_memory import data_of
 from ..loss import IGNORE
 from ..model import Model
 from ..models import drawing, omni
-from ..models.decoders import codes
-from ..ops import layer_params, plain
+from ..ops import plain
 from ..packaged import missing
 from ..state import whole
 from . import Run
 
 DEFAULTS = {
-    "steps": 800,
+    "steps": 600,
     "batch_size": 16,
-    "seq_len": 144,
+    "seq_len": 132,
     "lr": 3e-3,
     "warmup": 20,
     "weight_decay": 0.1,
@@ -59,7 +57,7 @@ def model(cfg: TrainConfig) -> dict:
 def data(cfg: TrainConfig, model: Model, source: Path | None) -> Data:
     train, heldout = digits.load()
     if missing("PIL"):
-        raise ModuleNotFoundError("the drawn digits are written by Pillow, which is not installed: pip install pillow")
+        raise FileNotFoundError("the drawn digits are written by Pillow, which is not installed: pip install pillow")
     known = words()
 
     def row(digit: digits.Digit, drawn: np.random.Generator | None) -> dict:
@@ -88,7 +86,10 @@ def prepared(pixels: np.ndarray, prompt: list[int], model: Model) -> dict:
     return model.prepare({"input_ids": ids[None], "labels": none, "drawn": [drawn[:-1]], "drawing.labels": labels})
 
 
-def draw(params: Mapping[str, torch.Tensor], cfg: omni.OmniConfig, labels: Sequence[int], seed: int) -> np.ndarray:
+def draw(
+    params: Mapping[str, torch.Tensor], cfg: omni.OmniConfig, labels: Sequence[int], seed: int = 0,
+    guidance: float = GUIDANCE, temperature: float = TEMPERATURE,
+) -> np.ndarray:  # fmt: skip
     """-> images [n, 8, 8] of these digits, on one device."""
     known = words()
     ids, without = (torch.tensor([prompt(known, label) for label in of]) for of in (labels, [None] * len(labels)))
@@ -99,7 +100,7 @@ def draw(params: Mapping[str, torch.Tensor], cfg: omni.OmniConfig, labels: Seque
         params, cfg.foundation, batch, without, PIXELS,
         lambda drawn: encoder.module.encode(params, "encoders.drawn", {"codes": drawn}, encoder.cfg, ops),
         lambda hidden: decoder.module.logits(params, "decoders.drawing", hidden, decoder.cfg, ops),
-        guidance=GUIDANCE, temperature=TEMPERATURE, seed=seed,
+        guidance=guidance, temperature=temperature, seed=seed,
     )  # fmt: skip
     return found.view(-1, 8, 8).numpy().astype(np.uint8)
 

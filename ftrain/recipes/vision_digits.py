@@ -1,6 +1,6 @@
 """Images to text: scikit-learn's handwritten digits, named in a word, by a model trained from scratch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ..model import Model
 from . import Run
 
 DEFAULTS = {
-    "steps": 300,
+    "steps": 800,
     "batch_size": 16,
     "seq_len": 96,
     "lr": 3e-3,
