@@ -175,9 +175,15 @@ def _by_processor(
     at = aligned(plain["input_ids"], inputs["input_ids"][0].tolist(), {*special})
     trained = torch.zeros(inputs["input_ids"].shape[1], dtype=torch.bool)
     for (start, end), place in zip(plain["offset_mapping"], at, strict=True):
-        if place is not None and any(a <= start and end <= b and start < end for a, b in spans):
-            trained[place] = True
+        if place is not None:
+            trained[place] = _within(text, start, end, spans)
     return inputs, trained
+
+
+def _within(text: str, start: int, end: int, spans: Sequence[Span]) -> bool:
+    """Whether a token is of the spans, and of no more than spaces before one, which many tokenizers join to what
+    follows. Others count no spaces: a token of nothing else is where it ends."""
+    return any(a < end <= b and not text[start:a].strip(" ") for a, b in spans)
 
 
 def aligned(plain: Sequence[int], expanded: Sequence[int], placeholders: set[int]) -> list[int | None]:
@@ -236,7 +242,7 @@ def _by_parts(
         encoded = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
         for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
             ids.append(token)
-            trained.append(any(a <= at + start and at + end <= b and start < end for a, b in spans))
+            trained.append(_within(text, at + start, at + end, spans))
         at += len(piece)
     tensors = {"input_ids": torch.tensor([ids])}
     return {**tensors, **{name: raws for name, raws in inputs.items() if raws}}, torch.tensor(trained)

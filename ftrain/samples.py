@@ -28,8 +28,9 @@ from .precision import quiet
 from .reader import KINDS, Reader, Span, make_reader
 
 HELDOUT = 0.05
-_RECIPE = "samples 1"  # to change with what a sample is made into: its length is cached by it
+_RECIPE = "samples 2"  # to change with what a sample is made into: its length is cached by it
 _MARKER = re.compile("<(" + "|".join(KINDS) + ")>")
+_OTHER = "\ue003"  # said in place of an answer, to find where it is
 
 
 class Sample(NamedTuple):
@@ -292,14 +293,26 @@ def _last_turn(messages: Sequence[Mapping]) -> int:
 
 def trained_spans(read: Reader, messages: list[dict]) -> tuple[str, list[Span]]:
     """The conversation as text, and where in it the assistant's turns are: each from what its header leaves to be
-    said, to the token that ends it, included."""
-    text, spans = read.render(messages, False), []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            start = len(commonprefix([text, read.render(messages[:i], True)])) if i else 0
-            upto = read.render(messages[: i + 1], False)
-            end = len(upto) if text.startswith(upto) else len(text)
-            if read.end and (found := text.find(read.end, start, end)) >= 0:
-                end = found + len(read.end)
-            spans.append((start, end))
-    return text, spans
+    said, to the token that ends it, included. Raises ValueError where the template leaves a turn out."""
+    text = read.render(messages, False)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return text, [_span(read, messages, i, text) for i in turns]
+
+
+def _span(read: Reader, messages: list[dict], i: int, text: str) -> Span:
+    """Of the i-th message's turn in `text`, which a template may render otherwise than it does the turns up to there."""
+    other = {**messages[i], "content": [{"type": "text", "text": _OTHER}]}
+    before, found, after = read.render([*messages[:i], other, *messages[i + 1 :]], False).partition(_OTHER)
+    if not found:
+        raise ValueError(f"the chat template does not show messages[{i}], of the assistant")
+    start = len(commonprefix([text, before]))
+    end = max(len(text) - len(commonprefix([text[::-1], after[::-1]])), start)
+    if i and text.startswith(read.render(messages[:i], False)):
+        # What the template begins an answer with is said too, unless a prompt ends with it.
+        start = min(start, len(commonprefix([text, read.render(messages[:i], True)])))
+    # What ends a turn follows it, in the conversation that stops here too: `end` or, if that is another, all but space.
+    tail = read.render([*messages[:i], other], False).partition(_OTHER)[2]
+    closing = commonprefix([text[end:], tail])
+    if read.end and read.end in closing:
+        return start, end + closing.index(read.end) + len(read.end)
+    return start, end + len(closing.rstrip() or closing)

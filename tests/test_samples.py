@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from processors import OF_IMAGES, OF_TEXT, write_model, write_tokenizer
+from tokenizers import Tokenizer, processors
 
 from ftrain import media, reader, samples
 from ftrain.data import collate, in_one_row
@@ -150,6 +151,67 @@ def test_a_template_that_renders_the_past_otherwise(tmp_path):
     read = samples.make_reader(model, write_tokenizer(tmp_path, template))
     batch = batch_of(model, read, tmp_path, [*turn("a", "one"), *turn("b", "two")])
     assert learned(batch, read.tokenizer) == ["one<|im_end|>", "<think></think>two<|im_end|>"]
+
+
+NOTED = OF_TEXT.replace("<|im_start|>", "{% if loop.revindex0 == 1 %}NOTE {% endif %}<|im_start|>", 1)
+THINKING = OF_TEXT.replace("{{ m['content'] }}", "{{ '<think></think>' * (loop.last and m['role'] != 'user') }}{{ m['content'] }}")
+# As Mistral's first ones, in which what the system says goes before the last message, if that is the user's.
+INST = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ 'sys ' * loop.last }}{{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
+@pytest.mark.parametrize(
+    "template, thought", [(OF_TEXT, ""), (NOTED, ""), (THINKING, "<think></think>"), (INST, "")],
+    ids=["chatml", "noted", "thinking", "inst"],
+)  # fmt: skip
+def test_only_answers_are_learned_however_the_past_is_rendered(tmp_path, template, thought, end):
+    """Where the turns up to an answer look otherwise alone than in the conversation, and where `eos` ends no turn."""
+    model, folder = find_model("qwen3-moe-tiny"), write_tokenizer(tmp_path, template)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": end}))
+    read = samples.make_reader(model, folder)
+    batch = batch_of(model, read, tmp_path, [*turn("hm", "one\n x"), *turn("a b", "<|im_end|>?"), *turn("c", "")])
+    found = [answer.removeprefix(" ") for answer in learned(batch, read.tokenizer)]
+    assert read.end == end
+    assert found == ["one\n x<|im_end|>", "<|im_end|>?<|im_end|>", f"{thought}<|im_end|>"]
+
+
+def test_the_first_message_may_be_the_assistants_and_every_turn_must_be_shown(tmp_path):
+    model = find_model("qwen3-moe-tiny")
+    messages = [{"role": "assistant", "content": "hello"}, *turn("a", "one")]
+    read = samples.make_reader(model, write_tokenizer(tmp_path / "all"))
+    assert learned(batch_of(model, read, tmp_path, messages), read.tokenizer) == ["hello<|im_end|>", "one<|im_end|>"]
+    read = samples.make_reader(model, write_tokenizer(tmp_path / "few", "{{ messages[0]['content'] }}"))
+    with pytest.raises(ValueError, match=r"the chat template does not show messages\[2\], of the assistant"):
+        batch_of(model, read, tmp_path, messages)
+
+
+@pytest.mark.parametrize("preset", ["omni-tiny", "qwen2-vl-tiny"])
+def test_spaces_are_learned_whatever_the_tokenizer_counts(ground, tmp_path, preset):
+    """Llama 3's and GPT-2's count none: a token of spaces alone is of no characters."""
+    model, folder = find_model(preset), write_model(tmp_path / "model")
+    made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.post_processor = processors.ByteLevel(trim_offsets=True)
+    made.save(str(folder / "tokenizer.json"))
+    read = samples.make_reader(model, folder)
+    answer = " if x:\n    return  1 "
+    assert (11, 11) in read.tokenizer(answer, return_offsets_mapping=True)["offset_mapping"]
+    batch = batch_of(model, read, tmp_path, [*turn("  a ", answer), *turn(" ", " ")])
+    assert learned(batch, read.tokenizer) == [f"{answer}<|im_end|>", " <|im_end|>"]
+
+
+def test_a_first_token_that_begins_with_a_space_of_the_template_is_learned(tmp_path):
+    template = OF_TEXT.replace("assistant\n", "assistant: ").replace("{{ m['role'] }}\n", "{{ m['role'] }}: ")
+    model, folder = find_model("qwen3-moe-tiny"), write_tokenizer(tmp_path, template)
+    as_json = json.loads((folder / "tokenizer.json").read_text())
+    as_json["model"]["vocab"]["\u0120o"], as_json["model"]["merges"] = 259, [["\u0120", "o"]]
+    (folder / "tokenizer.json").write_text(json.dumps(as_json))
+    read = samples.make_reader(model, folder)
+    batch = batch_of(model, read, tmp_path, turn("o", "one"))
+    assert learned(batch, read.tokenizer) == [" one<|im_end|>"]
 
 
 @pytest.mark.parametrize("preset", ["omni-tiny", "qwen2-vl-tiny"])
