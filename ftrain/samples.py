@@ -300,7 +300,7 @@ def trained_spans(read: Reader, messages: list[dict]) -> tuple[str, list[Span]]:
 
 
 def _span(read: Reader, messages: list[dict], i: int, text: str) -> Span:
-    """Of the i-th message's turn in `text`, which a template may render otherwise than it does the turns up to there."""
+    """Where in `text` the i-th message's turn is: a template may render the turns up to there otherwise alone."""
     other = {**messages[i], "content": [{"type": "text", "text": _OTHER}]}
     before, found, after = read.render([*messages[:i], other, *messages[i + 1 :]], False).partition(_OTHER)
     if not found:

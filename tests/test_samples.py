@@ -154,7 +154,9 @@ def test_a_template_that_renders_the_past_otherwise(tmp_path):
 
 
 NOTED = OF_TEXT.replace("<|im_start|>", "{% if loop.revindex0 == 1 %}NOTE {% endif %}<|im_start|>", 1)
-THINKING = OF_TEXT.replace("{{ m['content'] }}", "{{ '<think></think>' * (loop.last and m['role'] != 'user') }}{{ m['content'] }}")
+THINKING = OF_TEXT.replace(
+    "{{ m['content'] }}", "{{ '<think></think>' * (loop.last and m['role'] != 'user') }}{{ m['content'] }}"
+)
 # As Mistral's first ones, in which what the system says goes before the last message, if that is the user's.
 INST = (
     "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ 'sys ' * loop.last }}{{ m['content'] }} [/INST]"
