@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import Ops, Output, Router
-from ..specs import ParamSpec, normal, ones, zeros
+from ..specs import ParamSpec, normal
 from . import fields
+from .layers import norm_specs, project, projection, rms_norm, swiglu, swiglu_specs
 from .rope import Rope, rope_config, rope_tables, rotate
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -100,22 +101,6 @@ def layer_windows(hf: Mapping, layers: int) -> tuple[int | None, ...]:
     return tuple(window if kind == LAYER_TYPES[1] else None for kind in types)
 
 
-def projection(name: str, out: int, into: int, bias: bool, std: float) -> dict[str, ParamSpec]:
-    specs = {f"{name}.weight": ParamSpec((out, into), normal(std))}
-    if bias:
-        specs[f"{name}.bias"] = ParamSpec((out,), zeros, decay=False)
-    return specs
-
-
-def swiglu_specs(cfg: DecoderConfig, prefix: str) -> dict[str, ParamSpec]:
-    H, I, bias, std = cfg.hidden, cfg.inner, cfg.mlp_bias, cfg.std
-    return {
-        **projection(f"{prefix}.gate_proj", I, H, bias, std),
-        **projection(f"{prefix}.up_proj", I, H, bias, std),
-        **projection(f"{prefix}.down_proj", H, I, bias, std),
-    }
-
-
 def attention_specs(cfg: DecoderConfig, prefix: str) -> dict[str, ParamSpec]:
     H, D, std = cfg.hidden, cfg.head_dim, cfg.std
     specs = {
@@ -125,8 +110,13 @@ def attention_specs(cfg: DecoderConfig, prefix: str) -> dict[str, ParamSpec]:
         **projection(f"{prefix}.o_proj", H, cfg.heads * D, cfg.o_bias, std),
     }
     if cfg.qk_norm:
-        specs |= {f"{prefix}.{name}.weight": ParamSpec((D,), ones, decay=False) for name in ("q_norm", "k_norm")}
+        specs |= norm_specs(f"{prefix}.q_norm", D, bias=False) | norm_specs(f"{prefix}.k_norm", D, bias=False)
     return specs
+
+
+def mlp_specs(cfg: DecoderConfig, prefix: str) -> dict[str, ParamSpec]:
+    """Of a layer's dense MLP."""
+    return swiglu_specs(prefix, cfg.hidden, cfg.inner, cfg.mlp_bias, cfg.std)
 
 
 def specs(cfg: DecoderConfig, mlp: Callable | None = None) -> dict[str, ParamSpec]:
@@ -135,29 +125,18 @@ def specs(cfg: DecoderConfig, mlp: Callable | None = None) -> dict[str, ParamSpe
     mlp: (layer, prefix) -> the specs of that layer's MLP; by default a dense SwiGLU.
     """
     H = cfg.hidden
-    norm = ParamSpec((H,), ones, decay=False)
     table = ParamSpec((cfg.vocab, H), normal(cfg.std), active=1.0 if cfg.tied else 0.0)
     out = {f"{cfg.prefix}.embed_tokens.weight": table}
     for layer in range(cfg.layers):
         at = f"{cfg.prefix}.layers.{layer}"
         out |= attention_specs(cfg, f"{at}.self_attn")
-        out |= mlp(layer, f"{at}.mlp") if mlp else swiglu_specs(cfg, f"{at}.mlp")
-        out |= {f"{at}.input_layernorm.weight": norm, f"{at}.post_attention_layernorm.weight": norm}
-    out[f"{cfg.prefix}.norm.weight"] = norm
+        out |= mlp(layer, f"{at}.mlp") if mlp else mlp_specs(cfg, f"{at}.mlp")
+        out |= norm_specs(f"{at}.input_layernorm", H, bias=False)
+        out |= norm_specs(f"{at}.post_attention_layernorm", H, bias=False)
+    out |= norm_specs(f"{cfg.prefix}.norm", H, bias=False)
     if not cfg.tied:
         out[cfg.head] = ParamSpec((cfg.vocab, H), normal(cfg.std))
     return out
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Over the last dimension, in fp32 whatever x is."""
-    y = x.float()
-    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * y.to(x.dtype)
-
-
-def project(q: Mapping[str, Tensor], name: str, x: Tensor, ops: Ops) -> Tensor:
-    return ops.linear(x, q[f"{name}.weight"], q.get(f"{name}.bias"))
 
 
 def attention(q: Mapping[str, Tensor], x: Tensor, turn: Callable, mask, cfg: DecoderConfig, ops: Ops) -> Tensor:
@@ -171,12 +150,6 @@ def attention(q: Mapping[str, Tensor], x: Tensor, turn: Callable, mask, cfg: Dec
         key = rms_norm(key, q["self_attn.k_norm.weight"], cfg.eps)
     seen = ops.attention(turn(query), turn(key), value, mask)
     return project(q, "self_attn.o_proj", seen.flatten(-2), ops)
-
-
-def swiglu(q: Mapping[str, Tensor], x: Tensor, ops: Ops) -> Tensor:
-    """The dense MLP: x [B, S, H] -> [B, S, H]."""
-    inner = F.silu(project(q, "mlp.gate_proj", x, ops)) * project(q, "mlp.up_proj", x, ops)
-    return project(q, "mlp.down_proj", inner, ops)
 
 
 def embed(p: Mapping[str, Tensor], batch: Mapping[str, Tensor], cfg: DecoderConfig) -> Tensor:

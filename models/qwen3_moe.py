@@ -8,7 +8,8 @@ from torch import Tensor
 from ..ops import Ops, Output
 from ..specs import ParamSpec
 from . import decoder, fields
-from .decoder import DecoderConfig, swiglu, swiglu_specs
+from .decoder import DecoderConfig
+from .layers import swiglu
 from .moe import moe, moe_specs
 
 
@@ -57,7 +58,7 @@ def _windows(hf: Mapping, layers: int) -> tuple[int | None, ...]:
 def specs(cfg: MoeConfig) -> dict[str, ParamSpec]:
     def mlp(layer: int, prefix: str) -> dict[str, ParamSpec]:
         if not cfg.sparse[layer]:
-            return swiglu_specs(cfg, prefix)
+            return decoder.mlp_specs(cfg, prefix)
         return moe_specs(prefix, cfg.hidden, cfg.expert_inner, cfg.experts, cfg.top_k, cfg.std)
 
     return decoder.specs(cfg, mlp)

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import Ops, Output
-from ..specs import ParamSpec, normal, ones, zeros
-from . import decoder, fields, flow
-from .decoder import project, rms_norm
+from ..specs import ParamSpec, normal
+from . import fields, flow, layers
+from .layers import norm_specs, project, rms_norm
 from .mrope import grid
 
 CLASS_NAME = "WanTransformer3DModel"  # diffusers' configs have it in place of a model_type
@@ -89,18 +89,18 @@ def config(hf: Mapping) -> WanConfig:
 
 
 def _projection(name: str, out: int, into: int) -> dict[str, ParamSpec]:
-    return decoder.projection(name, out, into, True, math.sqrt(2 / (out + into)))
+    return layers.projection(name, out, into, True, math.sqrt(2 / (out + into)))
 
 
 def _block_specs(cfg: WanConfig, at: str) -> dict[str, ParamSpec]:
-    H, norm = cfg.hidden, ParamSpec((cfg.hidden,), ones, decay=False)
+    H = cfg.hidden
     specs = {f"{at}.scale_shift_table": ParamSpec((1, 6, H), normal(H**-0.5), decay=False)}
     for attention in (f"{at}.attn1", f"{at}.attn2"):
         for name in ("to_q", "to_k", "to_v", "to_out.0"):
             specs |= _projection(f"{attention}.{name}", H, H)
-        specs |= {f"{attention}.norm_q.weight": norm, f"{attention}.norm_k.weight": norm}
+        specs |= norm_specs(f"{attention}.norm_q", H, bias=False) | norm_specs(f"{attention}.norm_k", H, bias=False)
     if cfg.cross_norm:
-        specs |= {f"{at}.norm2.weight": norm, f"{at}.norm2.bias": ParamSpec((H,), zeros, decay=False)}
+        specs |= norm_specs(f"{at}.norm2", H)
     return specs | _projection(f"{at}.ffn.net.0.proj", cfg.inner, H) | _projection(f"{at}.ffn.net.2", H, cfg.inner)
 
 

@@ -13,9 +13,8 @@ from torch import Tensor
 from ...loss import IGNORE, cross_entropy
 from ...ops import Ops
 from ...specs import ParamSpec
-from .. import aligner, fields
-from ..aligner import ACTIVATIONS
-from ..decoder import projection
+from .. import fields
+from ..layers import ACTIVATIONS, activation, project, projection
 
 TINY = {"num_embeddings": 37, "projection_dim": 12}
 
@@ -33,7 +32,7 @@ def config(hf: Mapping) -> CodesConfig:
     return CodesConfig(
         codes=fields.size(hf, "num_embeddings", 16384),
         inner=fields.size(hf, "projection_dim", 2048),
-        act=aligner.activation(hf),
+        act=activation(hf),
         std=fields.number(hf, "initializer_range", 0.02),
     )
 
@@ -52,13 +51,12 @@ def specs(cfg: CodesConfig, prefix: str, width: int) -> dict[str, ParamSpec]:
 
 def stream(p: Mapping[str, Tensor], prefix: str, x: Tensor, cfg: CodesConfig, ops: Ops) -> Tensor:
     """x [..., H] -> [..., inner], of which the logits are a linear function."""
-    return ACTIVATIONS[cfg.act](ops.linear(x, p[f"{prefix}.proj_out.weight"], p[f"{prefix}.proj_out.bias"]))
+    return ACTIVATIONS[cfg.act](project(p, f"{prefix}.proj_out", x, ops))
 
 
 def logits(p: Mapping[str, Tensor], prefix: str, x: Tensor, cfg: CodesConfig, ops: Ops) -> Tensor:
     """x [..., H] -> [..., codes]."""
-    weight, bias = p[f"{prefix}.vision_head.weight"], p[f"{prefix}.vision_head.bias"]
-    return ops.linear(stream(p, prefix, x, cfg, ops), weight, bias)
+    return project(p, f"{prefix}.vision_head", stream(p, prefix, x, cfg, ops), ops)
 
 
 def decode(

@@ -14,6 +14,7 @@ from ...items import Item
 from ...ops import Ops
 from ...specs import ParamSpec, normal
 from .. import aligner, fields
+from ..layers import activation
 
 TINY = {"num_embeddings": 37, "embed_dim": 6, "projection_dim": 20}
 
@@ -35,7 +36,7 @@ def config(hf: Mapping) -> CodesConfig:
         embed=fields.size(hf, "embed_dim", 8),
         width=fields.size(hf, "projection_dim", 2048),
         depth=fields.size(hf, "num_hidden_layers", 2),
-        act=aligner.activation(hf),
+        act=activation(hf),
         std=fields.number(hf, "initializer_range", 0.02),
     )
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ...items import Item
 from ...ops import Ops
-from ...specs import ParamSpec, normal, ones, zeros
+from ...specs import ParamSpec, normal, zeros
 from .. import fields
-from ..decoder import project, projection
+from ..layers import layer_norm, norm_specs, project, projection
 
 FRAMES = 4  # of the spectrogram, that make one output
 TINY = {
@@ -79,11 +79,6 @@ def reaches(hf: Mapping, positions: int) -> None:
         fields.refuse("max_source_positions", most, f"at least {positions}, the positions of a chunk")
 
 
-def norm_specs(name: str, size: int) -> dict[str, ParamSpec]:
-    inits = {"weight": ones, "bias": zeros}
-    return {f"{name}.{part}": ParamSpec((size,), init, decay=False) for part, init in inits.items()}
-
-
 def convolution_specs(cfg: AudioConfig, prefix: str) -> dict[str, ParamSpec]:
     """Of the two convolutions over time, three frames wide."""
     out = {}
@@ -139,10 +134,6 @@ def convolved(p: Mapping[str, Tensor], prefix: str, x: Mapping[str, Tensor], ops
     before = F.pad(odd[:-1] * same[1::2, None], (0, 0, 1, 0))
     weight, bias = p[f"{prefix}.conv2.weight"], p[f"{prefix}.conv2.bias"]
     return F.gelu(ops.linear(torch.stack([before, even, odd], -1).flatten(1), weight.flatten(1), bias))
-
-
-def layer_norm(q: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], q[f"{name}.weight"], q[f"{name}.bias"])
 
 
 def sinusoids(position: Tensor, size: int) -> Tensor:

@@ -5,15 +5,16 @@ Patches come window by window, so that a window's stand together; slots follow t
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from torch import Tensor
 
 from ...items import Item
 from ...ops import Ops
-from ...specs import ParamSpec, ones
+from ...specs import ParamSpec
 from .. import fields
-from ..decoder import projection, rms_norm, swiglu
+from ..layers import norm_specs, rms_norm, swiglu, swiglu_specs
 from . import qwen2_vision
 from .qwen2_vision import example  # noqa: F401 - the same pictures
 
@@ -51,15 +52,10 @@ def config(hf: Mapping, **names) -> VisionConfig:
 
 
 def specs(cfg: VisionConfig, prefix: str) -> dict[str, ParamSpec]:
-    def norm(name: str, width: int) -> dict[str, ParamSpec]:
-        return {f"{name}.weight": ParamSpec((width,), ones, decay=False)}
-
     def mlp(cfg: VisionConfig, name: str) -> dict[str, ParamSpec]:
-        up, down = (cfg.inner, cfg.hidden, True, cfg.std), (cfg.hidden, cfg.inner, True, cfg.std)
-        gated = projection(f"{name}.gate_proj", *up) | projection(f"{name}.up_proj", *up)
-        return gated | projection(f"{name}.down_proj", *down)
+        return swiglu_specs(name, cfg.hidden, cfg.inner, True, cfg.std)
 
-    return qwen2_vision.specs(cfg, prefix, norm, mlp)
+    return qwen2_vision.specs(cfg, prefix, partial(norm_specs, bias=False), mlp)
 
 
 def blank(cfg: VisionConfig) -> Item:
@@ -72,7 +68,7 @@ def encode(p: Mapping[str, Tensor], prefix: str, x: Mapping[str, Tensor], cfg: V
     within = ops.local_mask((x["item"] * _MANY + x["window"])[None])
 
     def norm(q, name, y):
-        return rms_norm(y, q[f"{name}.weight"], 1e-6)
+        return rms_norm(y, q[f"{name}.weight"], qwen2_vision.EPS)
 
     masks = [everywhere if full else within for full in cfg.full]
     return qwen2_vision.tower(p, prefix, x, cfg, ops, norm, lambda q, y: swiglu(q, y, ops), masks)

@@ -7,6 +7,7 @@ neighbours, of which the tower makes one token. P patches, N heads, D head size.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from ...items import Item
 from ...ops import Ops
-from ...specs import ParamSpec, ones, zeros
+from ...specs import ParamSpec
 from .. import fields
-from ..decoder import project, projection
+from ..layers import layer_norm, norm_specs, project, projection
 from ..rope import rotate
 
+EPS = 1e-6  # of the norms
 # What the published processors take off each channel of 0..1, and divide by.
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # How many tokens, at least and at most, an image and a step of a video are resized to.
@@ -87,13 +89,6 @@ def common(hf: Mapping, hidden: int) -> dict:
     }
 
 
-def norm_specs(name: str, width: int) -> dict[str, ParamSpec]:
-    return {
-        f"{name}.weight": ParamSpec((width,), ones, decay=False),
-        f"{name}.bias": ParamSpec((width,), zeros, decay=False),
-    }
-
-
 def mlp_specs(cfg: VisionConfig, name: str) -> dict[str, ParamSpec]:
     up = projection(f"{name}.fc1", cfg.inner, cfg.hidden, True, cfg.std)
     return up | projection(f"{name}.fc2", cfg.hidden, cfg.inner, True, cfg.std)
@@ -132,10 +127,7 @@ def encode(p: Mapping[str, Tensor], prefix: str, x: Mapping[str, Tensor], cfg: V
         inner = project(q, "mlp.fc1", y, ops)
         return project(q, "mlp.fc2", inner * torch.sigmoid(1.702 * inner), ops)
 
-    def norm(q, name, y):
-        return F.layer_norm(y, y.shape[-1:], q[f"{name}.weight"], q[f"{name}.bias"], 1e-6)
-
-    return tower(p, prefix, x, cfg, ops, norm, mlp, [mask] * cfg.layers)
+    return tower(p, prefix, x, cfg, ops, partial(layer_norm, eps=EPS), mlp, [mask] * cfg.layers)
 
 
 def tower(

@@ -16,7 +16,7 @@ from ...items import Item
 from ...ops import Ops
 from ...specs import ParamSpec, normal, zeros
 from .. import fields
-from ..decoder import project, projection
+from ..layers import project, projection
 from . import qwen2_5_audio
 from .qwen2_5_audio import (  # noqa: F401 - samples are alike
     example, layer_norm, layer_specs, layers, load, reaches, sinusoids, spectrogram,

@@ -7,6 +7,7 @@ Like Qwen2-VL's, with a table of positions, and more mergers. P patches of all i
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,9 +18,9 @@ from ...items import Item
 from ...ops import Ops
 from ...specs import ParamSpec, normal, zeros
 from .. import fields
-from ..decoder import project, projection
+from ..layers import layer_norm, norm_specs, project, projection
 from . import qwen2_vision
-from .qwen2_vision import example, norm_specs  # noqa: F401 - samples are alike
+from .qwen2_vision import example  # noqa: F401 - samples are alike
 
 COLOURS = ((0.5,) * 3, (0.5,) * 3)  # what the published processors take off each channel of 0..1, and divide by
 # How many tokens, at least and at most, an image and all frames of a video are resized to.
@@ -87,8 +88,7 @@ def encode(p: Mapping[str, Tensor], prefix: str, x: Mapping[str, Tensor], cfg: V
     """x: patches [P, channels * frames * patch * patch], position [P, 2], near and share [P, 4] and item [P]
     -> [M, 1 + levels, width]: of the last layer, then of each layer in `deepstack`."""
 
-    def norm(q, name, y):
-        return F.layer_norm(y, y.shape[-1:], q[f"{name}.weight"], q[f"{name}.bias"], 1e-6)
+    norm = partial(layer_norm, eps=qwen2_vision.EPS)
 
     def mlp(q, y):
         return project(q, "mlp.linear_fc2", F.gelu(project(q, "mlp.linear_fc1", y, ops), approximate="tanh"), ops)

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ...items import Item
 from ...ops import Ops
-from ...specs import ParamSpec, normal, ones, zeros
+from ...specs import ParamSpec, normal, zeros
 from .. import aligner, fields
-from ..aligner import ACTIVATIONS
-from ..decoder import project, projection
+from ..layers import ACTIVATIONS, activation, layer_norm, norm_specs, project, projection
 
 TINY = {
     "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "mlp_ratio": 2.0, "image_size": 6,
@@ -71,7 +70,7 @@ def config(hf: Mapping) -> SiglipConfig:
         side=side,
         bias=fields.flag(hf, "attention_bias", True),
         eps=fields.number(hf, "layer_norm_eps", 1e-6),
-        act=aligner.activation(hf),
+        act=activation(hf),
         std=fields.number(hf, "initializer_range", 0.02),
         depth=fields.size(hf, "depth", 2),
     )
@@ -80,29 +79,21 @@ def config(hf: Mapping) -> SiglipConfig:
 def specs(cfg: SiglipConfig, prefix: str) -> dict[str, ParamSpec]:
     H, std, at = cfg.hidden, cfg.std, f"{prefix}.vision_model"
 
-    def norm(name: str) -> dict[str, ParamSpec]:
-        parts = {"weight": ones, "bias": zeros}
-        return {f"{at}.{name}.{part}": ParamSpec((H,), init, decay=False) for part, init in parts.items()}
-
     out = {
         f"{at}.embeddings.patch_embedding.weight": ParamSpec((H, cfg.channels, cfg.patch, cfg.patch), normal(std)),
         f"{at}.embeddings.patch_embedding.bias": ParamSpec((H,), zeros, decay=False),
         f"{at}.embeddings.position_embedding.weight": ParamSpec((cfg.patches, H), normal(std), active=0.0),
     }
     for layer in range(cfg.layers):
-        name = f"encoder.layers.{layer}"
-        out |= norm(f"{name}.layer_norm1") | norm(f"{name}.layer_norm2")
+        name = f"{at}.encoder.layers.{layer}"
+        out |= norm_specs(f"{name}.layer_norm1", H) | norm_specs(f"{name}.layer_norm2", H)
         for part in ("q_proj", "k_proj", "v_proj"):
-            out |= projection(f"{at}.{name}.self_attn.{part}", H, H, cfg.bias, std)
-        out |= projection(f"{at}.{name}.self_attn.projection_layer", H, H, True, std)
-        out |= projection(f"{at}.{name}.mlp.fc1", cfg.inner, H, True, std)
-        out |= projection(f"{at}.{name}.mlp.fc2", H, cfg.inner, True, std)
-    return out | norm("post_layernorm") | aligner.specs(f"{prefix}.aligner", H, cfg.width, cfg.depth, std)
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Over the last dimension, in fp32 whatever x is."""
-    return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
+            out |= projection(f"{name}.self_attn.{part}", H, H, cfg.bias, std)
+        out |= projection(f"{name}.self_attn.projection_layer", H, H, True, std)
+        out |= projection(f"{name}.mlp.fc1", cfg.inner, H, True, std)
+        out |= projection(f"{name}.mlp.fc2", H, cfg.inner, True, std)
+    out |= norm_specs(f"{at}.post_layernorm", H)
+    return out | aligner.specs(f"{prefix}.aligner", H, cfg.width, cfg.depth, std)
 
 
 def encode(p: Mapping[str, Tensor], prefix: str, x: Mapping[str, Tensor], cfg: SiglipConfig, ops: Ops) -> Tensor:
@@ -114,18 +105,15 @@ def encode(p: Mapping[str, Tensor], prefix: str, x: Mapping[str, Tensor], cfg: S
     mask = ops.local_mask(x["item"][None])
 
     def block(q, y, layer):
-        def norm(name, z):
-            return layer_norm(z, q[f"{name}.weight"], q[f"{name}.bias"], cfg.eps)
-
-        z = norm("layer_norm1", y)
+        z = layer_norm(q, "layer_norm1", y, cfg.eps)
         heads = (project(q, f"self_attn.{n}_proj", z, ops).unflatten(-1, (cfg.heads, -1))[None] for n in "qkv")
         z = ops.local_attention(*heads, mask)[0].flatten(-2)
         y = y + project(q, "self_attn.projection_layer", z, ops)
-        z = ACTIVATIONS[cfg.act](project(q, "mlp.fc1", norm("layer_norm2", y), ops))
+        z = ACTIVATIONS[cfg.act](project(q, "mlp.fc1", layer_norm(q, "layer_norm2", y, cfg.eps), ops))
         return y + project(q, "mlp.fc2", z, ops), None
 
     y, _ = ops.scan(block, p, f"{at}.encoder.layers", cfg.layers, y)
-    y = layer_norm(y, p[f"{at}.post_layernorm.weight"], p[f"{at}.post_layernorm.bias"], cfg.eps)
+    y = layer_norm(p, f"{at}.post_layernorm", y, cfg.eps)
     return aligner.align(p, f"{prefix}.aligner", y, cfg.depth, cfg.act, ops)
 
 

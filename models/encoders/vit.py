@@ -12,8 +12,12 @@ from torch import Tensor
 
 from ...items import Item
 from ...ops import Ops
-from ...specs import ParamSpec, normal, ones, zeros
+from ...specs import ParamSpec, normal
 from .. import fields
+from ..layers import layer_norm, norm_specs, project, projection
+
+
+EPS = 1e-6  # of the norms
 
 TINY = {"patch_size": 2, "num_channels": 1, "hidden_size": 24, "num_hidden_layers": 2}
 
@@ -46,26 +50,16 @@ def config(hf: Mapping) -> VitConfig:
     )
 
 
-def linear(name: str, out: int, into: int, std: float) -> dict[str, ParamSpec]:
-    return {f"{name}.weight": ParamSpec((out, into), normal(std)), f"{name}.bias": ParamSpec((out,), zeros, decay=False)}
-
-
-def norm(name: str, width: int) -> dict[str, ParamSpec]:
-    return {
-        f"{name}.weight": ParamSpec((width,), ones, decay=False),
-        f"{name}.bias": ParamSpec((width,), zeros, decay=False),
-    }
-
-
 def specs(cfg: VitConfig, prefix: str) -> dict[str, ParamSpec]:
-    W, std = cfg.width, cfg.std
-    out = linear(f"{prefix}.patch", W, cfg.channels * cfg.patch**2, std)
+    W, I, std = cfg.width, cfg.inner, cfg.std
+    out = projection(f"{prefix}.patch", W, cfg.channels * cfg.patch**2, True, std)
     out |= {f"{prefix}.{axis}.weight": ParamSpec((cfg.grid, W), normal(std), active=0.0) for axis in ("row", "column")}
     for layer in range(cfg.layers):
         at = f"{prefix}.layers.{layer}"
-        out |= norm(f"{at}.norm1", W) | linear(f"{at}.qkv", 3 * W, W, std) | linear(f"{at}.proj", W, W, std)
-        out |= norm(f"{at}.norm2", W) | linear(f"{at}.up", cfg.inner, W, std) | linear(f"{at}.down", W, cfg.inner, std)
-    return out | norm(f"{prefix}.norm", W)
+        out |= norm_specs(f"{at}.norm1", W) | norm_specs(f"{at}.norm2", W)
+        out |= projection(f"{at}.qkv", 3 * W, W, True, std) | projection(f"{at}.proj", W, W, True, std)
+        out |= projection(f"{at}.up", I, W, True, std) | projection(f"{at}.down", W, I, True, std)
+    return out | norm_specs(f"{prefix}.norm", W)
 
 
 def blank(cfg: VitConfig) -> Item:
@@ -96,28 +90,19 @@ def example(cfg: VitConfig, generator: torch.Generator) -> Tensor:
     return torch.randint(256, shape, generator=generator, dtype=torch.uint8)
 
 
-def layer_norm(q: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], q[f"{name}.weight"], q[f"{name}.bias"], 1e-6)
-
-
-def project(q: Mapping[str, Tensor], name: str, x: Tensor, ops: Ops) -> Tensor:
-    weight = q[f"{name}.weight"]
-    return ops.linear(x.to(weight.dtype), weight, q[f"{name}.bias"])
-
-
 def encode(p: Mapping[str, Tensor], prefix: str, x: Mapping[str, Tensor], cfg: VitConfig, ops: Ops) -> Tensor:
     """x: patches [P, channels * patch^2], position [P, 2], item [P] -> [P, width]."""
     rows, columns = x["position"].unbind(-1)
-    y = project(p, f"{prefix}.patch", x["patches"], ops)
+    y = project(p, f"{prefix}.patch", x["patches"].to(p[f"{prefix}.patch.weight"].dtype), ops)
     y = y + F.embedding(rows, p[f"{prefix}.row.weight"]) + F.embedding(columns, p[f"{prefix}.column.weight"])
     mask = ops.local_mask(x["item"][None])
 
     def block(q, y, layer):
-        heads = project(q, "qkv", layer_norm(q, "norm1", y), ops)[None].unflatten(-1, (3, cfg.heads, -1))
+        heads = project(q, "qkv", layer_norm(q, "norm1", y, EPS), ops)[None].unflatten(-1, (3, cfg.heads, -1))
         seen = ops.local_attention(*heads.unbind(2), mask)[0].flatten(-2)
         y = y + project(q, "proj", seen, ops)
-        inner = F.gelu(project(q, "up", layer_norm(q, "norm2", y), ops))
+        inner = F.gelu(project(q, "up", layer_norm(q, "norm2", y, EPS), ops))
         return y + project(q, "down", inner, ops), None
 
     y, _ = ops.scan(block, p, f"{prefix}.layers", cfg.layers, y)
-    return layer_norm(p, f"{prefix}.norm", y)
+    return layer_norm(p, f"{prefix}.norm", y, EPS)
