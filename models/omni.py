@@ -19,6 +19,7 @@ foundation too, starts with the tensors of that directory whose names begin with
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from types import ModuleType
 from typing import Any
 
@@ -34,6 +35,7 @@ from ..specs import ParamSpec, normal, zeros
 from . import fields
 from .encoders import vit
 
+ATTEMPTS = 20
 PROJECTORS = ("linear", "mlp", "none")
 OF_PART = ("type", "config", "lr", "weights", "weights_prefix")
 TEXT = {"input_ids", "attention_mask", "position_ids", "segment_ids", "labels", "token_type_ids"}
@@ -72,6 +74,7 @@ class Encoder:
     module: ModuleType
     cfg: Any
     placeholder: int
+    per_unit: Fraction  # outputs
     projector: str
     lr: float
     projector_lr: float
@@ -133,13 +136,15 @@ def config(hf: Mapping, family: str | None = None) -> OmniConfig:
         projector = fields.read(part, "projector", "mlp")
         if projector not in PROJECTORS:
             fields.refuse(f"encoders.{name}.projector", projector, f"one of {', '.join(PROJECTORS)}")
-        cfg = encoder.config(fields.read(part, "config", {}))
+        cfg = _read(encoder, part, f"encoders.{name}")
         if projector == "none" and cfg.width != foundation.hidden:
             fields.refuse(f"encoders.{name}.projector", projector, f"'linear' or 'mlp': the encoder's outputs have "
                           f"{cfg.width} elements, the foundation's embeddings {foundation.hidden}")  # fmt: skip
+        empty = encoder.blank(cfg)
         encoders[name] = Encoder(
-            encoder, cfg, placeholder, projector, factor(part, "lr", name), factor(part, "projector_lr", name)
-        )
+            encoder, cfg, placeholder, Fraction(len(empty.slots), empty.units), projector,
+            factor(part, "lr", name), factor(part, "projector_lr", name),
+        )  # fmt: skip
     widths = {"hidden": foundation.hidden}
     for name, part in _parts(hf, "decoders"):
         _only(part, ("input", "weight", *OF_PART), f"of the decoder {name}")
@@ -151,12 +156,21 @@ def config(hf: Mapping, family: str | None = None) -> OmniConfig:
         stream = fields.read(part, "input", "hidden")
         if stream not in widths:
             fields.refuse(f"decoders.{name}.input", stream, f"one of {', '.join(widths)}")
-        cfg = decoder.config(fields.read(part, "config", {}))
+        cfg = _read(decoder, part, f"decoders.{name}")
         decoders[name] = Decoder(
             decoder, cfg, stream, widths[stream], factor(part, "lr", name), factor(part, "weight", name)
         )
+        if not hasattr(decoder, "count") and "labels" not in decoder.blank(cfg, (1, 1)):
+            raise ValueError(f"{decoder.__file__} lacks count: it must say how many targets there are, which are no labels")
         widths[name] = decoder.width(cfg, widths[stream])
     return OmniConfig(module, foundation, factor(hf, "lr", "the foundation"), encoders, decoders, weights)
+
+
+def _read(module: ModuleType, part: Mapping, where: str) -> Any:
+    try:
+        return module.config(fields.read(part, "config", {}))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def factor(part: Mapping, key: str, where: str) -> float:
@@ -191,7 +205,7 @@ def _module(folder: str, kind: str, needed: tuple[str, ...]) -> ModuleType:
         try:
             module = importlib.import_module(f"{__package__}.{folder}.{kind}".replace("..", "."))
         except ModuleNotFoundError as error:
-            if not error.name.startswith(__package__):
+            if not (error.name or __package__).startswith(__package__):
                 raise ValueError(f"type {kind!r} needs {error.name}, which is not installed") from None
             place = f"models/{folder}" if folder else "models"
             raise ValueError(f"type {kind!r}: {place} has no module of that name, and it is no path to a .py file") from None
@@ -233,7 +247,12 @@ def forward(p: Mapping[str, Tensor], batch: Mapping[str, Tensor], cfg: OmniConfi
     levels: list[Tensor] = []
     placed = torch.zeros_like(batch["segment_ids"], dtype=torch.bool)
     for name, part in cfg.encoders.items():
-        y = part.module.encode(p, f"encoders.{name}", layer_params(batch, name), part.cfg, ops)
+        x = layer_params(batch, name)
+        y = part.module.encode(p, f"encoders.{name}", x, part.cfg, ops)
+        units, found = len(x["item"]), (len(y), y.shape[-1])
+        if found != (units * part.per_unit, part.cfg.width):
+            raise ValueError(f"encoders.{name}: encode gave {list(y.shape)} for {units} units: by its blank item and "
+                             f"its width, it must be {[int(units * part.per_unit), part.cfg.width]}")  # fmt: skip
         y = ops.place(_project(p, f"projectors.{name}", y, part, ops), batch, name)
         placed = placed | (batch[f"{name}.source"] >= 0)
         for level, of_level in enumerate(y.unbind(2) if y.ndim == 4 else [y]):
@@ -265,7 +284,8 @@ def prepare(inputs: Mapping, cfg: OmniConfig) -> dict:
     Raises ValueError where raw samples and placeholder tokens do not match.
     """
     for key in inputs:
-        if key not in cfg.encoders and (key.partition(".")[0] if "." in key else None) not in cfg.decoders and key not in TEXT:
+        part, _, field = key.partition(".")
+        if key not in {*cfg.encoders, *TEXT} and not (field and part in cfg.decoders):
             raise ValueError(
                 f"the inputs have {key!r}, but the model has the encoders {', '.join(cfg.encoders) or '(none)'} "
                 f"and the decoders {', '.join(cfg.decoders) or '(none)'}"
@@ -301,14 +321,16 @@ def raw_items(part: Encoder, raws) -> list[Item]:
     out, count = [], 0
     for raw in raws:
         items = part.module.items(raw, part.cfg)
-        out += [item._replace(slots=torch.where(item.slots < 0, -1, item.slots + count)) for item in items]
+        if isinstance(items, Item) or not all(isinstance(item, Item) for item in items):
+            raise ValueError(f"{part.module.__file__}: items gave {type(items).__name__}: it must be a list of Item")
+        out += [item.moved(lambda slots: slots + count) for item in items]
         count += outputs(items)
     return out
 
 
 def outputs(items: list[Item]) -> int:
     """How many placeholder tokens these items are for."""
-    return sum(int((item.slots >= 0).sum()) for item in items)
+    return sum(item.outputs for item in items)
 
 
 def sources(cfg: OmniConfig) -> dict[str, tuple[str, str]]:
@@ -354,11 +376,14 @@ def _example(names: list[str], cfg: OmniConfig, generator: torch.Generator) -> d
     ids, inputs = text(), {}
     for placeholder in dict.fromkeys(cfg.encoders[name].placeholder for name in names):
         sharing = [name for name in names if cfg.encoders[name].placeholder == placeholder]
-        raws = {name: cfg.encoders[name].module.example(cfg.encoders[name].cfg, generator) for name in sharing}
-        counts = {n: outputs(cfg.encoders[n].module.items(raw, cfg.encoders[n].cfg)) for n, raw in raws.items()}
-        # Encoders that share a placeholder must give equally many outputs: an example may not have them all.
-        for name in [name for name in sharing if counts[name] == counts[sharing[0]]]:
-            inputs[name] = [raws[name]]
+        # Encoders that share a placeholder must give equally many outputs: where chance has it otherwise in all
+        # attempts, the example does not have them all.
+        for _ in range(ATTEMPTS if len(sharing) > 1 else 1):
+            raws = {name: cfg.encoders[name].module.example(cfg.encoders[name].cfg, generator) for name in sharing}
+            counts = {name: outputs(raw_items(cfg.encoders[name], [raw])) for name, raw in raws.items()}
+            if len(set(counts.values())) == 1:
+                break
+        inputs |= {name: [raw] for name, raw in raws.items() if counts[name] == counts[sharing[0]]}
         ids += [placeholder] * counts[sharing[0]] + text()
     inputs["input_ids"] = torch.tensor([ids])
     for name, part in cfg.decoders.items():
