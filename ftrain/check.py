@@ -4,8 +4,11 @@ The first invariants ask the plan about the model as it is; those that train use
 of its family, of odd sizes.
 """
 
+import os
 import re
+import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -80,6 +83,8 @@ def check(plan: str, model: str) -> bool:
         except Broken as counterexample:
             holds = False
             print(f"{number}  {name:<26}FAILS  {counterexample}", flush=True)
+            if counterexample.__cause__ and os.environ.get("FTRAIN_TRACEBACK") == "1":
+                traceback.print_exception(counterexample.__cause__, file=sys.stderr)
             if essential:
                 left = ", ".join(name for name, _, _ in invariants[number:])
                 print(f"not looked at, since they rest on it: {left}")
@@ -256,7 +261,7 @@ class Trained:
             elif isinstance(case.error, Misplaced):
                 raise Broken(f"{case}: {case.error}")
             elif self._fits(case.mesh):
-                raise Broken(f"{case}: {type(case.error).__name__}: {case.error}")
+                raise Broken(f"{case}: {type(case.error).__name__}: {case.error}") from case.error
         return found
 
     def _fits(self, mesh: Mesh) -> bool:

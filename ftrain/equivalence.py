@@ -186,6 +186,8 @@ def run_plain(model: Model, batches: Sequence[Batch], recipe: Recipe = RECIPE) -
             objective = objective + recipe.router_z * losses["router_z_loss"]
         optimizer.zero_grad()
         objective.backward()
+        if unused := [name for name, param in trained.items() if param.grad is None]:
+            raise ValueError(f"the loss does not depend on {', '.join(unused[:3])}, which the model declares")
         gradients = gradients or {name: p.grad.clone() for name, p in trained.items()}
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), adam.clip)
         for group, name in zip(optimizer.param_groups, trained, strict=True):

@@ -13,7 +13,7 @@ import pytest
 from runs import environment, series, steps
 
 from ftrain.check import MESHES
-from ftrain.equivalence import TOLERANCE, deviations, random_batches, run_mesh, run_plain
+from ftrain.equivalence import differences, random_batches, run_mesh, run_plain
 from ftrain.mesh import Mesh
 from ftrain.model import find_model
 from ftrain.plan import find_plan
@@ -114,8 +114,8 @@ def differ(here, right: str = "", wrong: str = "") -> list:
     (here / "series.py").write_text(FILES["series.py"].replace(right, wrong))
     model = find_model("omni.yaml")
     batches = random_batches(model, 2)
-    found = deviations(run_mesh(model, find_plan("fsdp_sp_ep"), Mesh(1, 2, 1), batches), run_plain(model, batches), model)
-    return [d for d in found if not d.error <= TOLERANCE]
+    found = run_mesh(model, find_plan("fsdp_sp_ep"), Mesh(1, 2, 1), batches)
+    return differences(found, run_plain(model, batches), model)
 
 
 def test_the_encoder_gives_the_same_on_two_ranks(here, one_thread):
@@ -141,9 +141,25 @@ def test_a_change_in_place_is_named_with_its_line(here, one_thread):
                'F.rms_norm(y, y.shape[-1:], q[f"{name}.weight"])')  # fmt: skip
 
 
-def test_more_outputs_than_the_blank_has_are_refused(here):
-    with pytest.raises(ValueError, match=r"an item of series has (\d+) units and \d+ outputs: it must have a multiple of 1"):
-        differ(here, "slots=number)]", "slots=torch.arange(len(number) + 1))]")
+@pytest.mark.parametrize(
+    ("right", "wrong", "words"),
+    [
+        ("slots=number)]", "slots=torch.arange(len(number) + 1))]", r"it must have a multiple of 1 units, and 1 out"),
+        ("slots=number)]", "slots=number)][0]", r"items gave Item: it must be a list of Item"),
+        ('.norm", y)', '.norm", y)[::2]', r"encoders.series: encode gave \[\d+, 32\] for \d+ units"),
+        ('.norm", y)', '.norm", y)[:, :8]', r"encoders.series: encode gave \[\d+, 8\] .* must be \[\d+, 32\]"),
+        ('fields.size(hf, "num_channels")', 'fields.size(hf, "tracks")', r"encoders.series: .* lacks 'tracks'"),
+    ],
+    ids=["too many slots", "no list", "too few outputs", "too narrow", "config"],
+)
+def test_mistakes_are_named(here, right, wrong, words):
+    with pytest.raises(ValueError, match=words):
+        differ(here, right, wrong)
+
+
+def test_what_a_layer_declares_but_does_not_use_is_named(here, one_thread):
+    with pytest.raises(ValueError, match=r"does not depend on encoders.series.layers.0.proj.weight, "):
+        differ(here, 'project(q, "proj", seen, ops)', "seen")
 
 
 def test_files_with_deferred_annotations_are_read(here):
