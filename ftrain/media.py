@@ -22,12 +22,12 @@ class Video(NamedTuple):
 
 
 def image(reference: Any, folder: Path):
-    """A PIL image, in RGB. Raises FileNotFoundError and ValueError, as all functions here that read."""
-    from PIL import Image, UnidentifiedImageError
+    """A PIL image, in RGB and upright. Raises FileNotFoundError and ValueError, as all functions here that read."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(_stream(reference, folder)) as found:
-            return found.convert("RGB")
+            return ImageOps.exif_transpose(found).convert("RGB")  # cameras write down how they were held
     except UnidentifiedImageError:
         raise ValueError(f"{shown(reference)} is not an image of a known format") from None
 
@@ -96,19 +96,21 @@ def video(reference: Any, folder: Path) -> Video:
         raise ValueError(f"{shown(reference)}: videos need PyAV (pip install ftrain[omni])") from None
     try:
         with av.open(stream) as container:
-            frames, next_at = [], None
+            frames, start, last = [], None, -1
             for frame in container.decode(video=0):
                 at = frame.time or 0.0
-                if next_at is None or at >= next_at - 1e-6:
+                start = at if start is None else start
+                if (period := int((at - start) * FRAMES_PER_S + 1e-6)) > last:  # the first frame of each
                     frames.append(frame.to_ndarray(format="rgb24"))
-                    next_at = (at if next_at is None else next_at) + 1 / FRAMES_PER_S
+                    last = period
                 if len(frames) == MOST_FRAMES:
                     break
     except (av.FFmpegError, IndexError) as error:
         raise ValueError(f"{shown(reference)} is not a video of a known format ({error})") from None
     if not frames:
         raise ValueError(f"{shown(reference)} has no frames")
-    return Video(np.stack(frames), FRAMES_PER_S)
+    # Periods without a frame: the video has fewer of them a second.
+    return Video(np.stack(frames), FRAMES_PER_S * (len(frames) - 1) / last if last > 0 else FRAMES_PER_S)
 
 
 def size(reference: Any, folder: Path) -> int:

@@ -4,8 +4,11 @@ import base64
 import importlib.util
 import io
 import json
+import sys
 import wave
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -381,6 +384,35 @@ def test_images_come_as_paths_uris_and_base64(ground):
     for reference in ("x.png", str(ground / "x.png"), f"file://{ground}/x.png", code, f"data:image/png;base64,{code}",
                       {"bytes": code}, {"path": "x.png", "bytes": None}):  # fmt: skip
         assert np.array_equal(np.asarray(media.image(reference, ground)), np.asarray(picture(0)))
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    """As transformers' own `load_image` does: cameras store what the sensor saw, and how they were held."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    picture(0).save(tmp_path / "x.png", exif=exif)
+    assert np.array_equal(np.asarray(media.image("x.png", tmp_path)), np.rot90(np.asarray(picture(0)), -1))
+
+
+@pytest.mark.parametrize(
+    "times, kept, fps",
+    [
+        ([3 + i / 10 for i in range(21)], [0, 5, 10, 15, 20], 2.0),
+        ([0, 1, 2, 3], [0, 1, 2, 3], 1.0),
+        ([0.0, 0.5, 10.0, 10.1, 10.2, 10.5, 10.6], [0, 1, 2, 5], 2 * 3 / 21),
+        ([0.0, 0.1], [0], 2.0),
+    ],
+    ids=["fast", "slow", "with a gap", "short"],
+)
+def test_a_video_has_two_frames_a_second_where_there_are_as_many(tmp_path, monkeypatch, times, kept, fps):
+    def frame(i: int, time: float):
+        return SimpleNamespace(time=time, to_ndarray=lambda format: np.full((2, 2, 3), i, np.uint8))
+
+    opened = nullcontext(SimpleNamespace(decode=lambda video: map(frame, range(len(times)), times)))
+    monkeypatch.setitem(sys.modules, "av", SimpleNamespace(open=lambda stream: opened, FFmpegError=OSError))
+    (tmp_path / "x.mp4").write_bytes(b"")
+    found = media.video("x.mp4", tmp_path)
+    assert found.frames[:, 0, 0, 0].tolist() == kept and found.fps == pytest.approx(fps)
 
 
 def test_entries_may_name_what_they_show(ground):
