@@ -54,7 +54,7 @@ class Data:
         function, called in a thread ahead of use, on every rank.
     heldout: (batch_size, limit) -> batches that are not trained on, the first `limit` of them (None: all), in order.
         Rows fill the last one up to batch_size, or it is smaller.
-    digest: hexadecimal; equal digests and seeds mean equal batches.
+    digest: any text; equal digests and seeds mean equal batches.
     describe: for the header, as "1,000 tokens of x.txt, 50 held out".
     save: writes what belongs beside the weights (tokenizer, processor) into a checkpoint's directory.
     sample: (job, state) -> a line to print after the last step. Every rank calls it.

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import checkpoint, launch, recipes, records, samples, tokenizer
+from .cache import content_hash
 from .config import TrainConfig, factors, resolved
 from .console import Console, TensorSummary, console, si
 from .data import Batch, Data, Text, batch_at, heldout_batches, prefetch, prepare
@@ -122,7 +123,7 @@ def _on_one_first(make: Callable[[], T], local_rank: int) -> T:
 def _same_on_all(make: Callable[[], Data], local_rank: int) -> Data:
     """As `_on_one_first`. Raises ValueError where ranks have made different data."""
     data = _on_one_first(make, local_rank)
-    digest = torch.tensor([int(data.digest[:12], 16)])
+    digest = torch.tensor([int(content_hash(data.digest)[:12], 16)])
     everyones = [torch.empty_like(digest) for _ in range(dist.get_world_size())]
     dist.all_gather(everyones, digest, group=dist.new_group(backend="gloo"))
     if any(other != digest for other in everyones):

@@ -11,7 +11,8 @@ The first line of the file's docstring is what it does. The file has
         DEFAULTS may set. It may convert or unpack weights into the cache (`ftrain.cache.cached`).
 
     def data(cfg: TrainConfig, model: Model, source: Path | None) -> Data
-        See `ftrain.data.Data`. source: the directory that `--model` or `--init` names, if any.
+        See `ftrain.data.Data`; `ftrain.in_memory.data_of` makes one of samples in memory. source: the directory that
+        `--model` or `--init` names, if any.
 
     def start(run: Run) -> dict[str, float]     may be left out
     def finish(run: Run) -> dict[str, float]    may be left out
