@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .collectives import all_reduce
 from .data import local_batch, padded
-from .items import Item
+from .items import in_rows_of
 from .job import Job
 from .loss import IGNORE
 from .ops import Output, fill_batch
@@ -95,11 +95,9 @@ def complete(
 def _widened(batch: Mapping, width: int) -> dict:
     """The batch with longer rows, tensors of its own."""
     S = batch["segment_ids"].shape[1]
-
-    def moved(item: Item) -> Item:
-        return item._replace(slots=torch.where(item.slots < 0, -1, item.slots // S * width + item.slots % S))
-
-    items = {name: [moved(item) for item in of_encoder] for name, of_encoder in batch.get("items", {}).items()}
+    items = {
+        name: [in_rows_of(item, width, S) for item in of_encoder] for name, of_encoder in batch.get("items", {}).items()
+    }
     tensors = {name: t for name, t in _with_labels(batch).items() if name != "items"}
     wide = {
         name: t if name.startswith("row_") else padded(name, t, len(t), width).clone() for name, t in tensors.items()

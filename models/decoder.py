@@ -85,6 +85,19 @@ def decoder_config(hf: Mapping, windows: Callable | None = None, **family) -> De
     )
 
 
+def nested(hf: Mapping, theta: float, positions: int, **rope) -> dict:
+    """The decoder's config where it stands in another, as `text_config`: tied where the whole says so.
+
+    theta, positions, rope: the family's defaults, for `rope_parameters` and `max_position_embeddings`.
+    """
+    text = fields.read(hf, "text_config")
+    rope |= text.get("rope_scaling") or text.get("rope_parameters") or {}
+    rope.setdefault("rope_theta", fields.read(text, "rope_theta", theta))
+    rest = {key: value for key, value in text.items() if key not in ("rope_scaling", "rope_parameters")}
+    tied = fields.flag(hf, "tie_word_embeddings", False)
+    return {"max_position_embeddings": positions, **rest, "rope_parameters": rope, "tie_word_embeddings": tied}
+
+
 def layer_windows(hf: Mapping, layers: int) -> tuple[int | None, ...]:
     """Qwen's windows: from `layer_types`, else on the layers from `max_window_layers` on."""
     window = fields.size(hf, "sliding_window", 4096) if fields.flag(hf, "use_sliding_window", False) else None
@@ -162,7 +175,7 @@ def embed(p: Mapping[str, Tensor], batch: Mapping[str, Tensor], cfg: DecoderConf
 
 
 def forward(p: Mapping[str, Tensor], batch: Mapping[str, Tensor], cfg: DecoderConfig, ops: Ops, mlp=None) -> Output:
-    """A decoder: p by name, batch with input_ids, position_ids (or, with axes, [B, S, axes]) and segment_ids, all [B, S].
+    """A decoder: p by name, batch with input_ids, position_ids (with axes [B, S, axes]) and segment_ids, all [B, S].
 
     mlp: (q, x, layer) -> (y, Router or None), for families whose MLP is not the dense one.
     The batch may also have `embeddings` and `placed` (see `embed`), `deep` [levels, B, S, H], which is added to

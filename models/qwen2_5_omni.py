@@ -32,7 +32,7 @@ class Qwen2_5OmniConfig(DecoderConfig, thinker.Senses):
 
 def config(hf: Mapping) -> Qwen2_5OmniConfig:
     hf, root = thinker.nested(hf)
-    base = qwen2.config(thinker.text_config(hf, mrope_section=[16, 24, 24]))
+    base = qwen2.config(decoder.nested(hf, 1_000_000.0, 32768, mrope_section=[16, 24, 24]))
     visual = qwen2_5_vision.config(fields.read(hf, "vision_config"), projections=("q", "k", "v"))
     audio = qwen2_5_audio.config(fields.read(hf, "audio_config"))
     more = thinker.senses(hf, root, base, visual, audio, TOKENS)

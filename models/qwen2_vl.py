@@ -9,20 +9,17 @@ import torch
 from torch import Tensor
 
 from ..items import Item, seat
-from ..ops import Ops, Output, fill_batch, layer_params
+from ..ops import Ops, Output, layer_params
 from ..specs import ParamSpec
-from . import decoder, fields, mrope, qwen2
+from . import decoder, fields, mrope, processor, qwen2
 from .decoder import DecoderConfig
 from .encoders import qwen2_vision
-
-# What a placeholder token stands for -> the names of its patches and grids among the processor's outputs.
-INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
-
+from .processor import PICTURES
 
 @dataclass(frozen=True, kw_only=True)
 class VLConfig(DecoderConfig):
     vision: qwen2_vision.VisionConfig
-    tokens: Mapping[str, int]  # the placeholder of each of INPUTS
+    tokens: Mapping[str, int]  # the placeholder of each of PICTURES
     rate: float | None = None  # how far a video's positions go on in a second; None: by one in a step
 
 
@@ -41,8 +38,8 @@ def config(hf: Mapping, tower: ModuleType = qwen2_vision, rate: float | None = N
 
 
 def placeholders(hf: Mapping, vocab: int) -> dict[str, int]:
-    """The token that stands for each of INPUTS."""
-    tokens = {kind: fields.size(hf, f"{kind}_token_id", 151655 + i) for i, kind in enumerate(INPUTS)}
+    """The token that stands for each of PICTURES."""
+    tokens = {kind: fields.size(hf, f"{kind}_token_id", 151655 + i) for i, kind in enumerate(PICTURES)}
     for kind, token in tokens.items():
         if token >= vocab or list(tokens.values()).count(token) > 1:
             fields.refuse(f"{kind}_token_id", token, f"a token of its own below vocab_size = {vocab}")
@@ -71,33 +68,20 @@ def prepare(inputs: Mapping, cfg: VLConfig, tower: ModuleType = qwen2_vision) ->
     position_ids may be given as transformers has them: [B, S], [3, B, S], or [4, B, S] with those of text first.
     Raises ValueError where the placeholder tokens are not those of the images and videos.
     """
-    given = inputs.get("position_ids")
-    of_text = given if given is None or given.ndim == 2 else given[0] if len(given) == 4 else None
-    kept = {name: inputs[name] for name in ("input_ids", "labels", "segment_ids", "attention_mask") if name in inputs}
-    batch = fill_batch(kept if of_text is None else kept | {"position_ids": of_text})
-    batch.pop("attention_mask", None)
+    batch = processor.text(inputs)
     ids, valid = batch["input_ids"], batch["segment_ids"] >= 0
     items: list[Item] = []
     grids: dict[int, Iterator[Tensor]] = {}
-    for kind, (pixels, grid) in INPUTS.items():
+    for kind, (pixels, grid) in PICTURES.items():
         tokens = ((ids == cfg.tokens[kind]) & valid).flatten().nonzero()[:, 0]
-        sizes = _grids(inputs, kind)
+        sizes = processor.grids(inputs, kind)
         found = tower.from_processor(inputs[pixels], sizes, cfg.vision) if len(sizes) else []
         items += seat(found, tokens, kind)
         seconds = inputs.get("second_per_grid_ts") if kind == "video" else None
         grids[cfg.tokens[kind]] = iter(_coordinates(sizes.tolist(), kind, seconds, cfg))
-    if given is None:
-        batch["position_ids"] = positions(ids, batch["segment_ids"], grids)
-    else:
-        batch["position_ids"] = given[-3:].movedim(0, -1) if given.ndim == 3 else of_text[..., None].expand(-1, -1, 3)
+    at = processor.coordinates(inputs)
+    batch["position_ids"] = positions(ids, batch["segment_ids"], grids) if at is None else at
     return {**batch, "items": {"visual": items}}
-
-
-def _grids(inputs: Mapping, kind: str) -> Tensor:
-    pixels, grid = INPUTS[kind]
-    if (inputs.get(pixels) is None) != (inputs.get(grid) is None):
-        raise ValueError(f"{pixels} and {grid} belong together: only one of them is given")
-    return torch.zeros(0, 3, dtype=torch.long) if inputs.get(grid) is None else torch.as_tensor(inputs[grid])
 
 
 def _coordinates(sizes: list, kind: str, seconds, cfg: VLConfig) -> list[Tensor]:
@@ -117,13 +101,11 @@ def positions(ids: Tensor, segments: Tensor, grids: Mapping[int, Iterator[Tensor
     grids: for each placeholder token the coordinates of its grids, in the batch's order.
     Raises ValueError where a grid's tokens do not stand together.
     """
-    out = torch.zeros(*ids.shape, 3, dtype=torch.long)
-    for row, (tokens, of_row) in enumerate(zip(ids, segments, strict=True)):
-        for segment in of_row.unique_consecutive().tolist():
-            if segment >= 0:
-                here = of_row == segment
-                out[row, here] = mrope.coordinates(_pieces(tokens[here].tolist(), grids))
-    return out
+
+    def of_document(row: int, here: Tensor) -> Tensor:
+        return mrope.coordinates(_pieces(ids[row, here].tolist(), grids))
+
+    return mrope.by_document(segments, of_document, torch.long)
 
 
 def _pieces(tokens: list[int], grids: Mapping[int, Iterator[Tensor]]) -> Iterator[int | Tensor]:
@@ -158,18 +140,18 @@ def example(cfg: VLConfig, generator: torch.Generator, kinds: tuple[str, ...]) -
     m, vision = cfg.vision.merge, cfg.vision
     special = [*cfg.tokens.values(), cfg.padding]
     ordinary = torch.tensor([token for token in range(min(cfg.vocab, 1000)) if token not in special])
-    row, out = [], {name: [] for names in INPUTS.values() for name in names}
+    row, out = [], {name: [] for names in PICTURES.values() for name in names}
     for kind in (*kinds, None):
         row.append(ordinary[draw(0, len(ordinary), int(draw(2, 9)))])
         if kind:
-            pixels, grid = INPUTS[kind]
+            pixels, grid = PICTURES[kind]
             t, (h, w) = int(draw(2, 4)) if kind == "video" else 1, (draw(1, 5, 2) * m).tolist()
             width = vision.channels * vision.frames * vision.patch**2
             out[pixels].append(torch.randn(t * h * w, width, generator=generator))
             out[grid].append(torch.tensor([[t, h, w]]))
             row.append(torch.full((t * h * w // vision.group,), cfg.tokens[kind]))
     ids = torch.cat(row)[None]
-    kind_of = sum((i * (ids == cfg.tokens[kind]) for i, kind in enumerate(INPUTS, 1)), torch.zeros_like(ids))
+    kind_of = sum((i * (ids == cfg.tokens[kind]) for i, kind in enumerate(PICTURES, 1)), torch.zeros_like(ids))
     seconds = 0.25 + torch.rand(len(out["video_grid_thw"]), generator=generator)
     timed = {"second_per_grid_ts": seconds} if cfg.rate is not None and len(seconds) else {}
     return {

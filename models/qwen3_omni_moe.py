@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops import Ops, Output
 from ..specs import ParamSpec
-from . import fields, qwen3_moe, thinker
+from . import decoder, fields, qwen3_moe, thinker
 from .encoders import qwen3_audio, qwen3_vision
 
 ALIASES = ("qwen3_omni_moe_thinker",)
@@ -31,7 +31,7 @@ class Qwen3OmniMoeConfig(qwen3_moe.MoeConfig, thinker.Senses):
 
 def config(hf: Mapping) -> Qwen3OmniMoeConfig:
     hf, root = thinker.nested(hf)
-    text = {"norm_topk_prob": True, **thinker.text_config(hf, mrope_section=[24, 20, 20])}
+    text = {"norm_topk_prob": True, **decoder.nested(hf, 1_000_000.0, 32768, mrope_section=[24, 20, 20])}
     text["rope_parameters"]["mrope_interleaved"] = True  # whatever it says
     base = qwen3_moe.config({**text, "use_sliding_window": False})
     names = {"mergers": "merger_list", "merger": ("ln_q", "mlp.0", "mlp.2")}

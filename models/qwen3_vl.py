@@ -34,14 +34,10 @@ class Qwen3VLConfig(DecoderConfig, Sight):
 
 
 def text_config(hf: Mapping) -> dict:
-    """The decoder's config: the nested one, with transformers' defaults, tied where the whole says so."""
-    text = fields.read(hf, "text_config")
-    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    rope = {"mrope_section": [24, 20, 20], **rope, "mrope_interleaved": True}  # interleaved whatever it says
-    rope.setdefault("rope_theta", fields.read(text, "rope_theta", 500_000.0))
-    rest = {key: value for key, value in text.items() if key not in ("rope_scaling", "rope_parameters")}
-    tied = fields.flag(hf, "tie_word_embeddings", False)
-    return {"max_position_embeddings": 128_000, **rest, "rope_parameters": rope, "tie_word_embeddings": tied}
+    """The decoder's config, with transformers' defaults."""
+    text = decoder.nested(hf, 500_000.0, 128_000, mrope_section=[24, 20, 20])
+    text["rope_parameters"]["mrope_interleaved"] = True  # whatever it says
+    return text
 
 
 def sight(hf: Mapping, base: DecoderConfig) -> dict[str, Any]:

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from ..items import Item, seat
-from ..ops import Ops, fill_batch, layer_params
+from ..ops import Ops, layer_params
 from ..specs import ParamSpec
-from . import fields
+from . import fields, mrope, processor
 from .decoder import DecoderConfig
+from .processor import PICTURES
 
 TEXT, IMAGE, VIDEO, AUDIO = range(4)  # kinds of tokens
 KINDS = {"image": IMAGE, "video": VIDEO, "audio": AUDIO}
-PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 # What stands around pictures and sounds; around a film both do, the picture's outside.
 MARKS = ("vision_start_token_id", "vision_end_token_id", "audio_start_token_id", "audio_end_token_id")
 
@@ -58,16 +58,6 @@ def nested(hf: Mapping) -> tuple[Mapping, str]:
     """The thinker's config, and what its parameters' names begin with."""
     within = hf.get("thinker_config")
     return (hf, "") if within is None else (within, "thinker.")
-
-
-def text_config(hf: Mapping, **turned) -> dict:
-    """The decoder's config, with transformers' defaults; `turned`: of the rotary embedding, where it says nothing."""
-    text = fields.read(hf, "text_config")
-    rope = {**turned, **(text.get("rope_scaling") or text.get("rope_parameters") or {})}
-    rope.setdefault("rope_theta", fields.read(text, "rope_theta", 1_000_000.0))
-    rest = {key: value for key, value in text.items() if key not in ("rope_scaling", "rope_parameters")}
-    tied = fields.flag(hf, "tie_word_embeddings", False)
-    return {"max_position_embeddings": 32768, **rest, "rope_parameters": rope, "tie_word_embeddings": tied}
 
 
 def senses(hf: Mapping, root: str, base: DecoderConfig, visual: Any, audio: Any, first: Mapping[str, int]) -> dict:
@@ -121,12 +111,7 @@ def prepare(inputs: Mapping, cfg: Senses, towers: Towers) -> dict:
     has them: [B, S], [3, B, S], or [4, B, S] with those of text first.
     Raises ValueError where the placeholder tokens are not those of the images, videos and sounds.
     """
-    given = inputs.get("position_ids")
-    text = {key: inputs[key] for key in ("input_ids", "labels", "attention_mask", "segment_ids") if key in inputs}
-    if given is not None and (given.ndim == 2 or len(given) == 4):
-        text["position_ids"] = given if given.ndim == 2 else given[0]
-    batch = fill_batch(text)
-    batch.pop("attention_mask", None)
+    batch = processor.text(inputs)
     ids, valid = batch["input_ids"], batch["segment_ids"] >= 0
     kinds = torch.zeros_like(ids)
     for name, kind in KINDS.items():
@@ -137,13 +122,12 @@ def prepare(inputs: Mapping, cfg: Senses, towers: Towers) -> dict:
         if name == "audio":
             encoder, made = "audio", towers["audio"].from_processor(sounds(inputs), cfg.audio)
         else:
-            encoder, grids = "visual", _grids(inputs, name)
-            made = towers["visual"].from_processor(inputs[PIXELS[name][0]], grids, cfg.visual) if len(grids) else []
+            encoder, grids = "visual", processor.grids(inputs, name)
+            made = towers["visual"].from_processor(inputs[PICTURES[name][0]], grids, cfg.visual) if len(grids) else []
         items[encoder] += seat(made, (kinds == kind).flatten().nonzero()[:, 0], name)
-    if given is None:
+    at = processor.coordinates(inputs)
+    if at is None:
         at = positions(kinds, batch["segment_ids"], _pictures(inputs, cfg), cfg)
-    else:
-        at = given[-3:].movedim(0, -1) if given.ndim == 3 else given[..., None].expand(-1, -1, 3)
     return {**batch, "position_ids": at.float() if cfg.exact else at, "items": items}
 
 
@@ -160,21 +144,14 @@ def sounds(inputs: Mapping) -> list[Tensor]:
     return [feature.T[mask.bool()] for feature, mask in zip(features, heard, strict=True)]
 
 
-def _grids(inputs: Mapping, name: str) -> Tensor:
-    pixels, grid = PIXELS[name]
-    if (inputs.get(pixels) is None) != (inputs.get(grid) is None):
-        raise ValueError(f"{pixels} and {grid} belong together: only one of them is given")
-    return torch.zeros(0, 3, dtype=torch.long) if inputs.get(grid) is None else torch.as_tensor(inputs[grid])
-
-
 def _pictures(inputs: Mapping, cfg: Senses) -> dict[int, Iterator[Tensor]]:
     """The coordinates [n, 3] of the tokens of each image, and of each video, from its first."""
-    videos = _grids(inputs, "video")
+    videos = processor.grids(inputs, "video")
     seconds = inputs.get("video_second_per_grid")
     seconds = torch.ones(len(videos)) if seconds is None else torch.as_tensor(seconds, dtype=torch.float32)
     if len(seconds) != len(videos):
         raise ValueError(f"video_second_per_grid has {len(seconds)} numbers for {len(videos)} videos")
-    images = _grids(inputs, "image")
+    images = processor.grids(inputs, "image")
     return {
         IMAGE: iter([_coordinates(grid, torch.tensor(1.0), cfg) for grid in images.tolist()]),
         VIDEO: iter([_coordinates(*of_video, cfg) for of_video in zip(videos.tolist(), seconds, strict=True)]),
@@ -196,13 +173,11 @@ def positions(kinds: Tensor, segments: Tensor, pictures: Mapping[int, Iterator[T
     both parts of a film. What follows goes on after the largest coordinate of what came last: in a film, of its last
     run of sight or of sound.
     """
-    out = torch.zeros(*kinds.shape, 3, dtype=torch.float32 if cfg.exact else torch.long)
-    for row, (of_row, of_segment) in enumerate(zip(kinds, segments, strict=True)):
-        for segment in of_segment.unique_consecutive().tolist():
-            if segment >= 0:
-                here = of_segment == segment
-                out[row, here] = _document(of_row[here], pictures, cfg).to(out.dtype)
-    return out
+
+    def of_document(row: int, here: Tensor) -> Tensor:
+        return _document(kinds[row, here], pictures, cfg)
+
+    return mrope.by_document(segments, of_document, torch.float32 if cfg.exact else torch.long)
 
 
 def _document(kinds: Tensor, pictures: Mapping[int, Iterator[Tensor]], cfg: Senses) -> Tensor:
@@ -264,8 +239,8 @@ def example(cfg: Senses, generator: torch.Generator, row: tuple[str, ...], tower
     def picture(name: str) -> Tensor:
         t, (h, w) = 1 if name == "image" else int(draw(2, 4)), (draw(1, 4, 2) * cfg.visual.merge).tolist()
         width = cfg.visual.channels * cfg.visual.frames * cfg.visual.patch**2
-        out[PIXELS[name][0]].append(torch.randn(t * h * w, width, generator=generator))
-        out[PIXELS[name][1]].append(torch.tensor([[t, h, w]]))
+        out[PICTURES[name][0]].append(torch.randn(t * h * w, width, generator=generator))
+        out[PICTURES[name][1]].append(torch.tensor([[t, h, w]]))
         seconds = torch.rand((), generator=generator) * 8 / cfg.rate
         if name == "video":
             out["video_second_per_grid"].append(seconds[None])
@@ -278,7 +253,7 @@ def example(cfg: Senses, generator: torch.Generator, row: tuple[str, ...], tower
     look, looked, listen, listened = cfg.marks
     image, video, audio = (cfg.tokens[name] for name in KINDS)
     heard: list[Tensor] = []
-    out: dict[str, list] = {name: [] for names in PIXELS.values() for name in names} | {"video_second_per_grid": []}
+    out: dict[str, list] = {name: [] for names in PICTURES.values() for name in names} | {"video_second_per_grid": []}
     ids = words()
     for name in row:
         if name == "image":
