@@ -13,10 +13,9 @@ from ..items import Item, seat
 from ..loss import IGNORE
 from ..ops import Ops, Output, fill_batch, layer_params, plain
 from ..specs import ParamSpec
-from . import decoder, fields, llama
+from . import decoder, fields, llama, vq
 from .decoder import DecoderConfig
 from .decoders import codes as head
-from .decoders import vq
 from .drawing import draw, next_codes
 from .encoders import codes, siglip
 
@@ -51,7 +50,7 @@ def config(hf: Mapping) -> JanusConfig:
         visual=siglip.config(seen),
         codes=codes.config(drawn),
         image=head.config(drawn),
-        vq=vq.config(drawn),
+        vq=vq.vq_config(drawn),
         image_token=fields.size(hf, "image_token_id", 100581),
         bos=text.get("bos_token_id"),
     )

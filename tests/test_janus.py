@@ -13,7 +13,7 @@ from ftrain.items import on_one_device
 from ftrain.model import find_model, param_counts
 from ftrain.models import janus
 from ftrain.models.decoders import codes as head
-from ftrain.models.decoders import vq
+from ftrain.models import vq
 from ftrain.ops import plain
 from ftrain.pretrained import export
 from hypothesis import given, settings

@@ -11,9 +11,9 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops import layer_params
-from ...specs import Init, ParamSpec, normal, ones, zeros
-from .. import fields
+from ..ops import layer_params
+from ..specs import Init, ParamSpec, normal, ones, zeros
+from . import fields
 
 GROUPS, EPS = 32, 1e-6  # of the norms
 
@@ -31,7 +31,7 @@ class VqConfig:
     std: float
 
 
-def config(hf: Mapping) -> VqConfig:
+def vq_config(hf: Mapping) -> VqConfig:
     """From Janus's `vq_config`; what is absent is as transformers has it."""
     base = fields.size(hf, "base_channels", 128)
     multipliers = fields.read(hf, "channel_multiplier", (1, 1, 2, 2, 4))
