@@ -1,4 +1,4 @@
-"""Llama that hears: speech in, text out, as in LLaMA-Omni (arXiv 2409.06666) and among VeOmni's recipes (arXiv 2508.02317).
+"""Llama that hears: speech in, text out, as in LLaMA-Omni (arXiv 2409.06666); one of VeOmni's recipes.
 
 A composition (omni.py) of Llama and Whisper's encoder: several of its outputs, one after the other, are one token, and
 a projector of two layers takes them to the embeddings' width. As published, the encoder is frozen.

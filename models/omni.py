@@ -161,7 +161,7 @@ def config(hf: Mapping, family: str | None = None) -> OmniConfig:
             decoder, cfg, stream, widths[stream], factor(part, "lr", name), factor(part, "weight", name)
         )
         if not hasattr(decoder, "count") and "labels" not in decoder.blank(cfg, (1, 1)):
-            raise ValueError(f"{decoder.__file__} lacks count: it must say how many targets there are, which are no labels")
+            raise ValueError(f"{decoder.__file__} lacks count: its targets are no labels, it must count them")
         widths[name] = decoder.width(cfg, widths[stream])
     return OmniConfig(module, foundation, factor(hf, "lr", "the foundation"), encoders, decoders, weights)
 
@@ -208,7 +208,7 @@ def _module(folder: str, kind: str, needed: tuple[str, ...]) -> ModuleType:
             if not (error.name or __package__).startswith(__package__):
                 raise ValueError(f"type {kind!r} needs {error.name}, which is not installed") from None
             place = f"models/{folder}" if folder else "models"
-            raise ValueError(f"type {kind!r}: {place} has no module of that name, and it is no path to a .py file") from None
+            raise ValueError(f"type {kind!r}: {place} has no module of that name, nor is it a .py file") from None
     if lacking := [name for name in ("config", *needed) if not hasattr(module, name)]:
         raise ValueError(f"{module.__file__} lacks {', '.join(lacking)}: it must have {', '.join(('config', *needed))}")
     return module

@@ -20,7 +20,7 @@ def config(hf: Mapping) -> omni.OmniConfig:
     cfg = omni.config(hf, "qwen3_moe")
     for kind, name in (("encoders", "drawn"), ("decoders", "drawing")):
         if name not in getattr(cfg, kind):
-            raise ValueError(f"the {kind} of qwen3_moe_omni lack {name!r}: without it, model_type omni is the one to take")
+            raise ValueError(f"the {kind} of qwen3_moe_omni lack {name!r}: without it, take model_type omni")
     return cfg
 
 

@@ -29,8 +29,7 @@ def modules(package: ModuleType) -> dict[str, ModuleType]:
 
 
 ENCODERS = modules(encoders)
-# What has no stream is no decoder, but what one needs besides.
-DECODERS = {name: module for name, module in modules(decoders).items() if hasattr(module, "width")}
+DECODERS = modules(decoders)
 
 
 def part(module: ModuleType, **other) -> dict:
@@ -54,7 +53,7 @@ KINDS = ("vit", "vit", "qwen3_vision", "whisper", "codes")
 
 @st.composite
 def compositions(draw) -> dict:
-    """One to three encoders, some with the same placeholder; up to two decoders, one after the other or side by side."""
+    """One to three encoders, some with the same placeholder; up to two decoders, side by side or in a row."""
     parts = {}
     for number in range(draw(st.integers(1, 3))):
         module = ENCODERS[draw(st.sampled_from(KINDS))]

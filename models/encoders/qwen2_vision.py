@@ -27,7 +27,8 @@ MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 
 # How many tokens, at least and at most, an image and a step of a video are resized to.
 TOKENS_OF_IMAGE, TOKENS_OF_VIDEO = (4, 1280), (128, 768)
 TINY = {
-    "depth": 2, "embed_dim": 32, "mlp_ratio": 1.5, "num_heads": 2, "patch_size": 4, "hidden_size": 20, "tokens": [1, 16],
+    "depth": 2, "embed_dim": 32, "mlp_ratio": 1.5, "num_heads": 2, "patch_size": 4, "hidden_size": 20,
+    "tokens": [1, 16],
 }  # fmt: skip
 
 
