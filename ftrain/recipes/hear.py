@@ -25,7 +25,7 @@ from ..model import Model
 from . import Run
 
 DEFAULTS = {
-    "steps": 250,
+    "steps": 150,
     "batch_size": 4,
     "seq_len": 192,
     "lr": 1e-3,
@@ -43,6 +43,7 @@ LONGEST = 12.0  # seconds of a recording: the few longer ones would fill a row a
 HELDOUT = 10  # one sentence in so many
 RATE = 16_000
 ROWS = 8  # transcribed at once
+LANGUAGE_LR = 0.1  # beside the projector's: with so few recordings, learning to listen takes both sides
 STACK = 8  # outputs of Whisper, 20 ms each, in one token
 PLACEHOLDER = "<empty_output>"  # a token of SmolLM2's that no text has
 BEFORE, AFTER = "<|im_start|>user\nRepeat: ", "<|im_end|>\n<|im_start|>assistant\n"
@@ -69,7 +70,7 @@ def model(cfg: TrainConfig) -> dict:
     return {
         "model_type": "omni",
         "foundation": str(language),
-        "lr": 0.0,
+        "lr": LANGUAGE_LR,
         "encoders": {
             "audio": {
                 "type": "whisper",
