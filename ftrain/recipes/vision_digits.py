@@ -17,14 +17,14 @@ from ..model import Model
 from . import Run
 
 DEFAULTS = {
-    "steps": 800,
+    "steps": 1800,
     "batch_size": 16,
     "seq_len": 96,
-    "lr": 3e-3,
+    "lr": 2e-3,
     "warmup": 20,
     "weight_decay": 0.1,
     "compile": "off",
-    "eval_every": 100,
+    "eval_every": 300,
     "save_every": 0,
     "log_every": 20,
 }
