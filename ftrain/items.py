@@ -114,7 +114,7 @@ def pack(
         source[at[here]] = here if ranks == 1 else arrived + np.arange(len(here))
         arrived += len(here)
         splits[1, sender] = len(here)
-        if sender == rank:
+        if sender == rank and ranks > 1:
             out[f"{name}.order"] = torch.from_numpy(order)
             splits[0] = np.bincount(to, minlength=ranks + 1)[:ranks]
     if (source >= 0).sum() != arrived:
@@ -122,8 +122,6 @@ def pack(
     out[f"{name}.source"] = torch.from_numpy(source).view(shape)
     if ranks > 1:
         out[f"{name}.splits"] = torch.from_numpy(splits)
-    else:
-        del out[f"{name}.order"]
     return out, Packing(sum(loads), max(loads), padded, ranks)
 
 

@@ -231,7 +231,7 @@ def _by_parts(
                 if name.startswith(piece):
                     raw = _raw(part, piece, found)
                     inputs[name].append(raw)
-                    n = sum(int((item.slots >= 0).sum()) for item in part.module.items(raw, part.cfg))
+                    n = sum(item.outputs for item in part.module.items(raw, part.cfg))
                     if counts.setdefault(part.placeholder, n) != n:
                         raise ValueError(f"encoders that share placeholder {part.placeholder} differ in their outputs")
             for placeholder, n in counts.items():

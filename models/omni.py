@@ -31,9 +31,10 @@ from ..files import import_file
 from ..items import Item, seat
 from ..loss import IGNORE
 from ..ops import Ops, Output, fill_batch, layer_params
-from ..specs import ParamSpec, normal, zeros
+from ..specs import ParamSpec
 from . import fields
 from .encoders import vit
+from .layers import project, projection
 
 ATTEMPTS = 20
 PROJECTORS = ("linear", "mlp", "none")
@@ -232,14 +233,13 @@ def _projector_specs(part: Encoder, hidden: int, prefix: str) -> dict[str, Param
     sizes = {"none": [], "linear": [part.cfg.width, hidden], "mlp": [part.cfg.width, hidden, hidden]}[part.projector]
     out = {}
     for layer, (into, width) in enumerate(zip(sizes, sizes[1:])):
-        out[f"{prefix}.{layer}.weight"] = ParamSpec((width, into), normal(into**-0.5))
-        out[f"{prefix}.{layer}.bias"] = ParamSpec((width,), zeros, decay=False)
+        out |= projection(f"{prefix}.{layer}", width, into, True, into**-0.5)
     return out
 
 
 def _project(p: Mapping[str, Tensor], prefix: str, y: Tensor, part: Encoder, ops: Ops) -> Tensor:
     for layer in range({"none": 0, "linear": 1, "mlp": 2}[part.projector]):
-        y = ops.linear(F.gelu(y) if layer else y, p[f"{prefix}.{layer}.weight"], p[f"{prefix}.{layer}.bias"])
+        y = project(p, f"{prefix}.{layer}", F.gelu(y) if layer else y, ops)
     return y
 
 
@@ -335,9 +335,9 @@ def outputs(items: list[Item]) -> int:
 
 def sources(cfg: OmniConfig) -> dict[str, tuple[str, str]]:
     """Of the parameters that start with published weights: the directory, and the name there."""
-    out = {}
+    out, names = {}, list(specs(cfg)) if cfg.weights else []
     for prefix, (directory, there) in cfg.weights.items():
-        for name in specs(cfg):
+        for name in names:
             if name.startswith(prefix) if prefix else not name.startswith(("encoders.", "projectors.", "decoders.")):
                 out[name] = (directory, there + name.removeprefix(prefix))
     return out

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch._dynamo.utils import counters
 
 from ftrain.checkpoint import restore, save
@@ -30,15 +29,6 @@ FAMILIES = {
 }
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    dist.destroy_process_group()
 
 
 def started(model, mode="off", **how):

@@ -30,16 +30,6 @@ ONE_LAYER = find_model(SMALL | {"num_hidden_layers": 1})  # where it is compiled
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def one_rank():
-    """A process group of this process alone: what compiles needs a real one."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    dist.destroy_process_group()
-
-
 def batches(n, rows=4, length=10):
     return [random_batch(131, rows, length, seed) for seed in range(n)]
 
