@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .program import Program
+
 aten = torch.ops.aten
 
 ALIASES = (aten.view.default, aten.t.default, aten.detach.default, aten.alias.default)
@@ -27,12 +29,12 @@ def one_graph(fn: Callable, mode: str) -> Callable:
         raise ValueError(f"--compile {mode}: valid modes are {', '.join(MODES)}")
     if mode == "off":
         return fn
-    compiled: dict[tuple, tuple[Callable, object]] = {}
+    programs: dict[tuple, tuple[Program, object]] = {}
 
     def run(*args):
         flat, tree = tree_flatten(args)
         key = (tree, tuple((t.shape, t.dtype) for t in flat))
-        if key not in compiled:
+        if key not in programs:
             result = []
 
             def flat_fn(*leaves):
@@ -45,13 +47,10 @@ def one_graph(fn: Callable, mode: str) -> Callable:
                 graph = make_fx(flat_fn, tracing_mode="fake")(*flat)
             share_maxima(graph.graph)
             add_in_order(graph.graph)
-            graph.recompile()
-            compiled[key] = torch.compile(graph, backend=mode, fullgraph=True, dynamic=False), result[0]
-        call, spec = compiled[key]
-        with torch.no_grad(), torch._dynamo.config.patch(
-            capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True
-        ):
-            return tree_unflatten(call(*flat), spec)
+            programs[key] = Program(graph, mode), result[0]
+        program, spec = programs[key]
+        with torch.no_grad():
+            return tree_unflatten(program(flat), spec)
 
     return run
 

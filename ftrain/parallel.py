@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import accumulate, product
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .collectives import Group, all_gather, all_reduce, all_to_all, all_to_all_e
 from .experts import combine, grouped_mlp, permute, sort_by_expert
 from .layout import Pieces, Placements
 from .ops import Ops
+from .region import Weights, capturing, differentiable
 from .remat import naming_changes, remat
 from .specs import Specs
 
@@ -28,7 +29,7 @@ class Bucket:
     """Parameters that are gathered by one all-gather, and their gradients reduced by one reduce-scatter.
 
     gather: the ranks that hold the other pieces. reduce: the ranks that hold copies of this
-    rank's pieces, over which gradients are summed besides.
+    rank's pieces, over which gradients are summed besides. learns: False where all are frozen.
     """
 
     names: tuple[str, ...]
@@ -36,25 +37,34 @@ class Bucket:
     gather: Group
     reduce: Group
     dtype: torch.dtype
+    learns: bool
 
-    def gathered(self, shards: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """This rank's pieces -> the whole parameters, in the compute dtype."""
-        shards = tuple(s.to(self.dtype) for s in shards)
+    def start(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        """This rank's pieces -> all ranks', in the compute dtype, as `assemble` takes them."""
         if self.gather.size == 1:
-            # An autograd.Function may not return its input itself.
-            return tuple(s.view_as(s) for s in shards)
-        rows = all_gather(torch.cat([p.pad(s) for p, s in zip(self.pieces, shards)]), self.gather)
-        parts = rows.split([p.numel for p in self.pieces], 1)
-        return tuple(p.assemble(part) for p, part in zip(self.pieces, parts))
+            return list(shards)
+        return [all_gather(torch.cat([p.pad(s.to(self.dtype)) for p, s in zip(self.pieces, shards)]), self.gather)]
 
-    def reduced(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Each rank's gradients of the whole parameters -> fp32 sums over all ranks, for this rank's pieces."""
+    def assemble(self, gathered: Sequence[Tensor]) -> list[Tensor]:
+        """-> the whole parameters, in the compute dtype."""
+        if self.gather.size == 1:
+            return [s.to(self.dtype) for s in gathered]
+        parts = gathered[0].split([p.numel for p in self.pieces], 1)
+        return [p.assemble(part) for p, part in zip(self.pieces, parts)]
+
+    def take_apart(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients of the whole parameters -> what `finish` sums over the ranks, in fp32."""
         if self.gather.size == self.reduce.size == 1:
-            return tuple(g.float() for g in grads)
-        rows = torch.cat([p.take_apart(g.float()) for p, g in zip(self.pieces, grads)], 1)
-        own = all_reduce(reduce_scatter(rows, self.gather), self.reduce)
+            return [g.float() for g in grads]
+        return [torch.cat([p.take_apart(g.float()) for p, g in zip(self.pieces, grads)], 1)]
+
+    def finish(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """-> sums over all ranks, for this rank's pieces."""
+        if self.gather.size == self.reduce.size == 1:
+            return list(rows)
+        own = all_reduce(reduce_scatter(rows[0], self.gather), self.reduce)
         parts = own.split([p.numel for p in self.pieces])
-        return tuple(p.unpad(part, p.shapes[self.gather.rank]) for p, part in zip(self.pieces, parts))
+        return [p.unpad(part, p.shapes[self.gather.rank]) for p, part in zip(self.pieces, parts)]
 
 
 class Gather(torch.autograd.Function):
@@ -63,11 +73,40 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, bucket: Bucket, *shards: Tensor):
         ctx.bucket = bucket
-        return bucket.gathered(shards)
+        # An autograd.Function may not return its input itself.
+        return tuple(t.view_as(t) for t in bucket.assemble(bucket.start(shards)))
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        return None, *ctx.bucket.reduced(grads)
+        return None, *ctx.bucket.finish(ctx.bucket.take_apart(grads))
+
+
+def gathering(buckets: Sequence[Bucket], shards: Mapping[str, Tensor]) -> Weights:
+    """How a region comes by the parameters of these buckets, in their order."""
+    mine = [shards[name] for bucket in buckets for name in bucket.names]
+    sizes = [len(bucket.names) for bucket in buckets]
+    rows = [size if bucket.gather.size == 1 else 1 for bucket, size in zip(buckets, sizes)]
+    learning = [bucket for bucket in buckets if bucket.learns]
+    sums = [len(b.names) if b.gather.size == b.reduce.size == 1 else 1 for b in learning]
+
+    def cut(flat: Sequence, lengths: Sequence[int]) -> list[Sequence]:
+        ends = list(accumulate(lengths))
+        return [flat[end - n : end] for end, n in zip(ends, lengths, strict=True)]
+
+    def start(shards):
+        return [t for bucket, own in zip(buckets, cut(shards, sizes)) for t in bucket.start(own)]
+
+    def assemble(gathered):
+        return [t for bucket, own in zip(buckets, cut(gathered, rows)) for t in bucket.assemble(own)]
+
+    def take_apart(grads):
+        return [g for bucket, own in zip(buckets, cut(grads, sizes)) if bucket.learns for g in bucket.take_apart(own)]
+
+    def finish(rows):
+        found = dict(zip(learning, (b.finish(own) for b, own in zip(learning, cut(rows, sums)))))
+        return [g for bucket in buckets for g in found.get(bucket, [None] * len(bucket.names))]
+
+    return Weights(mine, start, assemble, take_apart, finish)
 
 
 @dataclass(frozen=True)
@@ -117,7 +156,7 @@ def shard_model(specs: Specs, placements: Placements, mesh: DeviceMesh, dtype: t
 
     buckets: dict[str, tuple[Bucket, ...]] = {}
     copies: dict[str, int] = {}
-    for (key, gather, copied, _), names in members.items():
+    for (key, gather, copied, frozen), names in members.items():
         pieces = []
         for name in names:
             shape = list(specs[name].shape)
@@ -127,7 +166,7 @@ def shard_model(specs: Specs, placements: Placements, mesh: DeviceMesh, dtype: t
             pieces.append(Pieces(shape, dims, [sizes[a] for a in gather]))
         reduce = group_over(mesh, copied)
         copies.update(dict.fromkeys(names, reduce.size))
-        bucket = Bucket(tuple(names), tuple(pieces), group_over(mesh, gather), reduce, dtype)
+        bucket = Bucket(tuple(names), tuple(pieces), group_over(mesh, gather), reduce, dtype, not frozen)
         buckets[key] = (*buckets.get(key, ()), bucket)
     return Sharding(
         mesh, placements, copies, buckets, slots,
@@ -227,12 +266,18 @@ def parallel_ops(ops: Ops, sharding: Sharding, policy: str, grouped_mm: Callable
             buckets = p.buckets[key]
             names = [name for bucket in buckets for name in bucket.names]
 
-            def run(x, *shards, key=key, buckets=buckets, names=names, layer=layer):
-                gathered = gather_group(buckets, dict(zip(names, shards)))
+            def run(x, *params, key=key, names=names, layer=layer):
                 with naming_changes(key):
-                    return block({name[len(key) + 1 :]: t for name, t in gathered.items()}, x, layer)
+                    return block({name[len(key) + 1 :]: t for name, t in zip(names, params)}, x, layer)
 
-            out = remat(run, policy)(x, *(p.shards[name] for name in names))
+            def gather_and_run(x, *shards, run=run, buckets=buckets, names=names):
+                return run(x, *gather_group(buckets, dict(zip(names, shards))).values())
+
+            if capturing():
+                learn = [bucket.learns for bucket in buckets for _ in bucket.names]
+                out = differentiable(remat(run, policy), prefix, x, gathering(buckets, p.shards), learn)
+            else:
+                out = remat(gather_and_run, policy)(x, *(p.shards[name] for name in names))
             if not isinstance(out, tuple) or len(out) != 2:
                 raise TypeError(f"the block of {key} must return (x, y), not {type(out).__name__}; y may be None")
             x, y = out

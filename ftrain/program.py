@@ -1,0 +1,167 @@
+"""A captured graph, made to run: its repeating regions and what lies between them, each compiled once.
+
+The graph is one straight line of nodes. Collectives and updates in place run as they stand; the rest is cut
+there into pieces, of which equal ones are compiled once, and run with what they no longer need given up.
+"""
+
+import operator
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .region import Region, structure
+from .schedule import computes, gather_ahead, is_start, is_wait, late_waits, live, mutates
+
+
+@dataclass
+class Compiled:
+    """What compiling cost: distinct pieces, all calls of pieces in the program, seconds, and cache hits."""
+
+    pieces: int = 0
+    calls: int = 0
+    seconds: float = 0.0
+    cached: int = 0
+
+
+class Instruction(NamedTuple):
+    """call(the slots `takes`, as a list) -> what goes to the slots `gives`; those in `drops` are given up before."""
+
+    call: Callable[[list], Sequence]
+    takes: tuple[int, ...]
+    gives: tuple[int | None, ...]
+    drops: tuple[int, ...]
+    name: str
+
+
+class Program:
+    """The nodes of a graph in the order they run, made callable: list of inputs -> list of outputs."""
+
+    def __init__(self, traced: fx.GraphModule, mode: str):
+        self.nodes = live(late_waits(gather_ahead(list(traced.graph.nodes))))
+        self.compiled = Compiled()
+        slot = {node: i for i, node in enumerate(self.nodes)}
+        self.inputs = [slot[n] for n in self.nodes if n.op == "placeholder"]
+        [result] = self.nodes[-1].args
+        self.outputs = [slot[n] for n in result]
+        pieces = cut(self.nodes)
+        last: dict[fx.Node, int] = {}
+        for i, piece in enumerate(pieces):
+            last |= {m: i for n in piece for m in n.all_input_nodes}
+        kept = set(result)
+        calls: dict[tuple, Callable[[list], Sequence]] = {}
+        self.instructions = []
+        for i, piece in enumerate(pieces):
+            inside = set(piece)
+            takes = list(dict.fromkeys(m for n in piece for m in n.all_input_nodes if m not in inside))
+            gives: list[fx.Node | None] = [n for n in piece if any(u not in inside for u in n.users)]
+            head = piece[0]
+            if isinstance(head.target, Region):
+                takes, module, key = list(head.args), head.target.module, head.target.key
+                gives = [None] * len(module.graph.output_node().args[0])
+                for user in head.users:
+                    gives[user.args[1]] = user
+            else:
+                if len(piece) == 1 and head.users and all(u.target is operator.getitem for u in head.users):
+                    gives = sorted(head.users, key=lambda u: u.args[1])
+                    piece = [head, *gives]
+                module = as_module(piece, takes, gives)
+                key = structure(module)
+            if key not in calls:
+                compiling = mode == "inductor" and any(computes(n) for n in module.graph.nodes) and not (
+                    alone(head) and not isinstance(head.target, Region)
+                )
+                calls[key] = self._compile(module) if compiling else unboxed(module)
+            drops = {m for n in piece for m in n.all_input_nodes if last[m] == i and m not in inside} - kept
+            self.instructions.append(Instruction(
+                calls[key], tuple(slot[n] for n in takes), tuple(None if n is None else slot[n] for n in gives),
+                tuple(slot[n] for n in drops), head.name,
+            ))  # fmt: skip
+        self.size = len(self.nodes)
+
+    def __call__(self, inputs: list) -> list:
+        slots: list[Any] = [None] * self.size
+        for i, value in zip(self.inputs, inputs, strict=True):
+            slots[i] = value
+        inputs.clear()
+        for call, takes, gives, drops, _ in self.instructions:
+            taken = [slots[i] for i in takes]
+            for i in drops:
+                slots[i] = None
+            for i, value in zip(gives, call(taken)):
+                if i is not None:
+                    slots[i] = value
+        return [slots[i] for i in self.outputs]
+
+    def _compile(self, module: fx.GraphModule) -> Callable[[list], Sequence]:
+        start = time.perf_counter()
+        call = inductor(module)
+        self.compiled.seconds += time.perf_counter() - start
+        self.compiled.pieces += 1
+        return call
+
+
+def unboxed(module: fx.GraphModule) -> Callable[[list], Sequence]:
+    def call(values: list) -> Sequence:
+        return module(*values)
+
+    return call
+
+
+def as_module(piece: Sequence[fx.Node], takes: Sequence[fx.Node], gives: Sequence[fx.Node]) -> fx.GraphModule:
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for n in takes:
+        copied[n] = graph.placeholder(n.name)
+        copied[n].meta = dict(n.meta)
+    for n in piece:
+        copied[n] = graph.node_copy(n, copied.__getitem__)
+    graph.output(tuple(copied[n] for n in gives))
+    return fx.GraphModule(piece[0].graph.owning_module, graph)
+
+
+def inductor(module: fx.GraphModule) -> Callable[[list], Sequence]:
+    """A functional graph, compiled. Results have the strides that the graph says."""
+    from torch._guards import TracingContext, detect_fake_mode, tracing
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.virtualized import V
+
+    inputs = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
+    fake = detect_fake_mode(inputs)
+    with fake, tracing(TracingContext(fake)), V.set_fake_mode(fake), torch.no_grad():
+        flat = make_fx(torch.func.functionalize(module), select_decomp_table(), record_module_stack=False)(*inputs)
+        flat.graph.eliminate_dead_code()
+        flat.recompile()
+        output = flat.graph.output_node()
+        output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
+        return compile_fx_inner(flat, inputs)
+
+
+def alone(node: fx.Node) -> bool:
+    """Whether a node is a piece of its own, which no compiler takes."""
+    if node.op != "call_function":
+        return False
+    packet = getattr(node.target, "__name__", "")
+    return isinstance(node.target, Region) or is_start(node) or is_wait(node) or mutates(node) or "_foreach_" in packet
+
+
+def cut(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
+    """Runs of nodes: those that stand alone, and what lies between them."""
+    pieces: list[list[fx.Node]] = []
+    open_piece: list[fx.Node] = []
+    for node in nodes:
+        if node.op in ("placeholder", "output") or (node.target is operator.getitem and alone(node.args[0])):
+            continue  # one of several results: taken apart where they are made
+        if alone(node):
+            if open_piece:
+                pieces.append(open_piece)
+            pieces.append([node])
+            open_piece = []
+        else:
+            open_piece.append(node)
+    return pieces + [open_piece] * bool(open_piece)

@@ -1,0 +1,274 @@
+"""Parts of a graph that repeat: a layer's forward and its backward, each one node of the graph around it.
+
+Under capture (graph.py) `differentiable` traces a function and its gradient on their own, cuts the trace where the
+backward begins, and leaves two nodes in the graph around it. What the backward takes from the forward crosses between
+these nodes alone. Equal regions have equal keys: they are compiled once (program.py), however many layers there are.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing, get_proxy_mode, has_proxy_slot, make_fx, track_tensor_tree,
+)  # fmt: skip
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+aten = torch.ops.aten
+
+
+class Region:
+    """A flat graph of ATen operators -> a tuple. As a node's target it runs that graph."""
+
+    def __init__(self, name: str, graph: fx.Graph, owner: torch.nn.Module):
+        self.__name__, self.__qualname__, self.__module__ = name, name, __name__
+        self.module = fx.GraphModule(owner, graph)
+        self.key = structure(self.module)
+
+    def __call__(self, *args):
+        return self.module(*args)
+
+
+def capturing() -> bool:
+    """Whether a graph is being captured, and a region would be a node of it."""
+    return get_proxy_mode() is not None
+
+
+class Weights(NamedTuple):
+    """How a function comes by its parameters, from what this rank holds of them.
+
+    start: shards -> what was gathered, by collectives of the graph around; once for the forward and once for the
+    backward, so that nothing gathered is kept. assemble: that -> the parameters, within the region. take_apart:
+    gradients of the parameters (None where there is none) -> what is to be reduced, within the region.
+    finish: that -> gradients of the shards.
+    """
+
+    shards: Sequence[Tensor]
+    start: Callable[[Sequence[Tensor]], list[Tensor]]
+    assemble: Callable[[Sequence[Tensor]], list[Tensor]]
+    take_apart: Callable[[Sequence[Tensor | None]], list[Tensor]]
+    finish: Callable[[Sequence[Tensor]], list[Tensor | None]]
+
+
+def differentiable(fn: Callable, name: str, x: Tensor, weights: Weights, learn: Sequence[bool]) -> Any:
+    """`fn(x, *parameters)` as a region, with a region for its gradient.
+
+    fn: returns a pytree of tensors and None. Tensors that it takes from around itself become inputs too.
+    learn: which of the parameters have a gradient.
+    """
+    with torch.no_grad():
+        gathered = weights.start(weights.shards)
+    pair = _capture(fn, name, x, gathered, weights, learn)
+    if pair.backward is None:
+        outs, _ = _emit(pair.forward, _proxies([x, *gathered, *pair.closures]), len(pair.differentiable))
+    else:
+        outs = _Differentiable.apply(pair, gathered, weights, x, *weights.shards, *pair.closures)
+    return tree_unflatten([None if i is None else outs[i] for i in pair.places], pair.spec)
+
+
+class _Pair(NamedTuple):
+    """The regions of a function and of its gradient.
+
+    forward: x, gathered, closures -> outputs, what is saved. backward: what `wants` lists -> gradients, as `gives`
+    lists them: ("x", 0), ("row", i) and ("closure", i); besides these `wants` has ("saved", i), an output of the
+    forward, and ("above", i), the gradient of one.
+    """
+
+    forward: Region
+    backward: Region | None
+    closures: list[Tensor]
+    differentiable: list[bool]  # of each output
+    places: list[int | None]  # of each leaf of what the function returns, its output
+    spec: Any
+    wants: list[tuple[str, int]]
+    gives: list[tuple[str, int]]
+
+
+def _capture(
+    fn: Callable, name: str, x: Tensor, gathered: Sequence[Tensor], weights: Weights, learn: Sequence[bool]
+) -> _Pair:
+    outer = get_proxy_mode().tracer
+    seen: dict[str, Any] = {}
+
+    def joint(x, *gathered):
+        tracer = get_proxy_mode().tracer
+        with torch.no_grad():
+            params = [t.view_as(t) for t in weights.assemble(gathered)]
+        # They depend on what is gathered alone: the backward makes them again.
+        seen["prologue"] = {n.name for n in tracer.graph.nodes}
+        x = x.requires_grad_(x_learns)
+        params = [t.requires_grad_(learns) for t, learns in zip(params, learn, strict=True)]
+        flat, seen["spec"] = tree_flatten(fn(x, *params))
+        outputs = [t for t in flat if isinstance(t, Tensor)]
+        order = iter(range(len(outputs)))
+        seen["places"] = [next(order) if isinstance(t, Tensor) else None for t in flat]
+        seen["differentiable"] = [t.requires_grad for t in outputs]
+        # Tensors of the graph around: the trace took them for constants.
+        closures = [t for t in tracer.tensor_attrs if has_proxy_slot(t, outer)]
+        seen["closures"] = closures
+        ends = [t for t in outputs if t.requires_grad]
+        above = [torch.empty_like(t) for t in ends]
+        learning = [t for t in [x, *params, *closures] if t.requires_grad]
+        if not (ends and learning):
+            return outputs, [], [], [], []
+        found = iter(torch.autograd.grad(ends, learning, above, allow_unused=True))
+        grads = [next(found) if t.requires_grad else None for t in [x, *params, *closures]]
+        with torch.no_grad():
+            rows = weights.take_apart(grads[1 : 1 + len(params)])
+        return outputs, above, grads[:1], rows, grads[1 + len(params) :]
+
+    x_learns = torch.is_grad_enabled() and x.requires_grad
+    learn = [torch.is_grad_enabled() and learns for learns in learn]
+    with disable_proxy_modes_tracing():
+        traced = make_fx(joint, record_module_stack=False)(x.detach(), *(t.detach() for t in gathered))
+    return _split(name, traced, seen)
+
+
+def _split(name: str, traced: fx.GraphModule, seen: dict[str, Any]) -> _Pair:
+    """The trace, cut where the backward begins."""
+    nodes = list(traced.graph.nodes)
+    outputs, above, of_x, of_rows, of_closures = traced.graph.output_node().args[0]
+    closures: list[Tensor] = seen["closures"]
+    placeholders = [n for n in nodes if n.op == "placeholder"]
+    source = {n: ("row", i) for i, n in enumerate(placeholders, -1)} | {placeholders[0]: ("x", 0)}
+    for n in nodes:
+        if n.op == "get_attr":
+            found = [i for i, t in enumerate(closures) if t is getattr(traced, n.target)]
+            source |= {n: ("closure", i) for i in found}
+    differentiable: list[bool] = seen["differentiable"]
+    source |= {n: ("above", i) for n, i in zip(above, (i for i, d in enumerate(differentiable) if d))}
+
+    end = nodes.index(above[0]) if above else len(nodes) - 1
+    before, after = nodes[:end], nodes[end:-1]
+    prologue = [n for n in before if n.name in seen["prologue"] and n not in source]
+    given = [("x", 0), *(("row", i) for i in range(len(placeholders) - 1))]
+    given += [("closure", i) for i in range(len(closures))]
+    gives = [(kind, i) for kind, grads in (("x", of_x), ("row", of_rows), ("closure", of_closures))
+             for i, grad in enumerate(grads) if grad is not None]  # fmt: skip
+    grads = [grad for grad in (*of_x, *of_rows, *of_closures) if grad is not None]
+    inner = {n for n in before if n not in source and n.op != "get_attr"} - set(prologue)
+    needed = _ancestors(grads, stop=inner)
+    crossing = [n for n in before if n in needed and n in inner]
+    forward = _region(f"{name}_forward", traced, before, source, given, [*outputs, *crossing])
+    if not gives:
+        return _Pair(forward, None, closures, differentiable, seen["places"], seen["spec"], [], [])
+    source |= {n: ("saved", i) for i, n in enumerate(crossing, len(outputs))}
+    wants = sorted({source[n] for n in needed if n in source})
+    body = [n for n in (*prologue, *after) if n in needed]
+    backward = _region(f"{name}_backward", traced, body, source, wants, grads)
+    return _Pair(forward, backward, closures, differentiable, seen["places"], seen["spec"], wants, gives)
+
+
+def _ancestors(nodes: Sequence[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
+    found, stack = set(), list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            if node not in stop:
+                stack += node.all_input_nodes
+    return found
+
+
+def _region(
+    name: str, owner: fx.GraphModule, nodes: Sequence[fx.Node], source: dict[fx.Node, tuple[str, int]],
+    inputs: Sequence[tuple[str, int]], outputs: Sequence[fx.Node],
+) -> Region:  # fmt: skip
+    """`nodes` as a graph of its own; those in `source` are its inputs, in the order of `inputs`."""
+    graph = fx.Graph()
+    meta = {at: n.meta for n, at in source.items()}
+    given = {}
+    for kind, i in inputs:
+        given[kind, i] = graph.placeholder(f"{kind}_{i}")
+        given[kind, i].meta = dict(meta.get((kind, i), {}))
+    copied: dict[fx.Node, fx.Node] = {}
+
+    def copy(n: fx.Node) -> fx.Node:
+        if n in source:
+            return given[source[n]]
+        if n not in copied and n.op == "get_attr":  # a constant, wherever it was first read
+            copied[n] = graph.node_copy(n)
+        return copied[n]
+
+    for n in nodes:
+        if n not in source:
+            copied[n] = graph.node_copy(n, copy)
+    graph.output(tuple(copy(n) for n in outputs))
+    graph.eliminate_dead_code()
+    return Region(name, graph, owner)
+
+
+def structure(module: fx.GraphModule) -> tuple:
+    """What makes two graphs equal: their operators with all arguments, the kinds of their inputs, their constants."""
+    number: dict[fx.Node, int] = {}
+    symbols: dict[str, int] = {}
+
+    def of(value) -> Any:
+        if isinstance(value, fx.Node):
+            return ("node", number[value])
+        if isinstance(value, (list, tuple)):
+            return tuple(of(v) for v in value)
+        if isinstance(value, dict):
+            return tuple((k, of(v)) for k, v in value.items())
+        return (type(value).__name__, value)  # 1, 1.0 and True are not the same argument
+
+    def size(n) -> Any:
+        return n if isinstance(n, int) else ("symbol", symbols.setdefault(str(n), len(symbols)))
+
+    rows = []
+    for node in module.graph.nodes:
+        number[node] = len(number)
+        row: tuple = (node.op, node.target if node.op == "call_function" else None, of(node.args), of(node.kwargs))
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, Tensor):
+            row += (*map(size, value.shape), *map(size, value.stride()), value.dtype, value.device)
+        elif node.op == "placeholder":
+            row += (size(value) if value is not None else None,)
+        elif node.op == "get_attr":
+            constant = getattr(module, node.target)
+            row += (constant.dtype, tuple(constant.shape), tuple(constant.flatten().tolist()))
+        rows.append(row)
+    return tuple(rows)
+
+
+def _proxies(tensors: Sequence[Tensor]) -> list:
+    return [get_proxy_mode().tracer.unwrap_proxy(t) for t in tensors]
+
+
+def _emit(region: Region, arguments: Sequence, outputs: int) -> tuple[list[Tensor], fx.Proxy]:
+    """A node that calls the region; its first `outputs` as fake tensors, and all as a proxy."""
+    tracer = get_proxy_mode().tracer
+    values = [n.meta["val"] for n in region.module.graph.output_node().args[0][:outputs]]
+    with disable_proxy_modes_tracing():
+        outs = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values]
+    proxy = tracer.create_proxy("call_function", region, tuple(arguments), {}, name=region.__name__)
+    track_tensor_tree(outs, proxy, constant=None, tracer=tracer)
+    return outs, proxy
+
+
+class _Differentiable(torch.autograd.Function):
+    """Two nodes in the graph that is captured. What passes between them stays there, as proxies."""
+
+    @staticmethod
+    def forward(ctx, pair: _Pair, gathered: Sequence[Tensor], weights: Weights, x: Tensor, *tensors: Tensor):
+        closures = _proxies(tensors[len(weights.shards) :])
+        arguments = [*_proxies([x, *gathered]), *closures]
+        outs, proxy = _emit(pair.forward, arguments, len(pair.differentiable))
+        ctx.pair, ctx.weights = pair, weights
+        ctx.proxies = {("x", 0): arguments[0], **{("closure", i): p for i, p in enumerate(closures)}}
+        ctx.proxies |= {("saved", i): proxy[i] for kind, i in pair.wants if kind == "saved"}
+        ctx.mark_non_differentiable(*(t for t, is_so in zip(outs, pair.differentiable) if not is_so))
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx, *above: Tensor):
+        pair, weights, proxies = ctx.pair, ctx.weights, ctx.proxies
+        proxies |= {("above", i): p for i, p in enumerate(_proxies(above))}
+        if any(kind == "row" for kind, _ in pair.wants):
+            proxies |= {("row", i): p for i, p in enumerate(_proxies(weights.start(weights.shards)))}
+        found, _ = _emit(pair.backward, [proxies[at] for at in pair.wants], len(pair.gives))
+        grads = dict(zip(pair.gives, found, strict=True))
+        of_shards = weights.finish([g for (kind, _), g in grads.items() if kind == "row"])
+        of_closures = [grads.get(("closure", i)) for i in range(len(pair.closures))]
+        return None, None, None, grads.get(("x", 0)), *of_shards, *of_closures
