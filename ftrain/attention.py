@@ -1,4 +1,5 @@
-"""Attention over packed documents: SDPA with a mask, or flash-attn's varlen kernel on GPUs that have it.
+"""Attention over packed documents: SDPA with a mask, document by document on a CPU, flash-attn's varlen kernel on GPUs
+that have it.
 
 Each way is a pair: `mask` makes, once a forward, what `attention` then takes in every layer.
 """
@@ -10,6 +11,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .flops import native_bf16
+
+aten = torch.ops.aten
 
 
 def attention_mask(segment_ids: Tensor, window: int | None = None, causal: bool = True) -> Tensor:
@@ -78,6 +83,136 @@ def packed_attention(varlen: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return of_packed
 
 
+class Documents(NamedTuple):
+    """Which tokens belong together: segment_ids [B, S], equal ones in one run; window and causal as for `Packed`."""
+
+    segment_ids: Tensor
+    window: int | None
+    causal: bool
+
+
+def documents(segment_ids: Tensor, window: int | None = None, causal: bool = True) -> Documents:
+    return Documents(segment_ids, window, causal)
+
+
+def local_documents(segment_ids: Tensor, of_keys: Tensor | None = None) -> Documents | Tensor:
+    """`same_segment` as Documents; queries and keys of different lengths are left to SDPA."""
+    return documents(segment_ids, causal=False) if of_keys is None else same_segment(segment_ids, of_keys)
+
+
+def document_attention(q: Tensor, k: Tensor, v: Tensor, mask: Documents | Tensor) -> Tensor:
+    """`attention` that computes nothing between documents, nor ahead of a query, rather than mask it."""
+    if isinstance(mask, Tensor):
+        return attention(q, k, v, mask)
+    return _by_document(q, k, v, mask.segment_ids, mask.window or 0, mask.causal)[0]
+
+
+def _runs(segment_ids: Tensor) -> list[tuple[slice, slice]]:
+    """(rows, columns) of every document; neighbouring rows that are cut alike are one."""
+    B, S = segment_ids.shape
+    ends: list[list[int]] = [[] for _ in range(B)]
+    for row, at in (segment_ids.diff(dim=1) != 0).nonzero().tolist():
+        ends[row].append(at + 1)
+    found, first = [], 0
+    for row in range(1, B + 1):
+        if row == B or ends[row] != ends[first]:
+            bounds = [0, *ends[first], S]
+            found += [(slice(first, row), slice(a, b)) for a, b in zip(bounds, bounds[1:])]
+            first = row
+    return found
+
+
+CALL = 1_500_000  # multiply-adds of queries with keys that take about as long as one more call of the kernel
+
+
+def _pieces(tensors: list[Tensor], segment_ids: Tensor, window: int, causal: bool):
+    """Document by document, or all at once where they are so short that a mask is less work: rows, columns, their
+    part of each [B, S, N, D] as [b, N, s, D], is_causal, and what is added to the scores."""
+    B, S, N, D = tensors[0].shape
+    runs = _runs(segment_ids)
+    work = sum((r.stop - r.start) * (c.stop - c.start) ** 2 for r, c in runs) * N * D // 2 + len(runs) * CALL
+    if work > B * S * S * N * D + CALL:
+        runs = [(slice(0, B), slice(0, S))]
+    for rows, columns in runs:
+        own = segment_ids[rows, columns]
+        alone = bool((own == own[:, :1]).all())
+        masked = not alone or (causal and 0 < window < own.shape[1])
+        added = None
+        if masked:
+            allowed = attention_mask(own[:1] if alone else own, window or None, causal)
+            added = torch.zeros(allowed.shape, dtype=tensors[0].dtype).masked_fill(~allowed, -torch.inf)
+        yield rows, columns, [t[rows, columns].transpose(1, 2) for t in tensors], causal and not masked, added
+
+
+def _new_lse(q: Tensor) -> Tensor:
+    B, S, N, _ = q.shape
+    return q.new_empty(B, N, S, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.custom_op("ftrain::by_document", mutates_args=())
+def _by_document(
+    q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, window: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """-> [B, S, N, D] and each query's logsumexp [B, N, S], by torch's flash kernel for CPUs. window: 0 for none."""
+    dtype, (q, k, v) = q.dtype, _wide(q, k, v)
+    k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], 2) if k.shape[2] != q.shape[2] else t for t in (k, v))
+    out, lse = torch.empty(q.shape, dtype=dtype), _new_lse(q)
+    for rows, columns, parts, ahead, added in _pieces([q, k, v], segment_ids, window, causal):
+        o, scores = aten._scaled_dot_product_flash_attention_for_cpu(*parts, 0.0, ahead, attn_mask=added)
+        out[rows, columns] = o.transpose(1, 2)
+        lse[rows, :, columns] = scores
+    return out, lse
+
+
+@_by_document.register_fake
+def _(q, k, v, segment_ids, window, causal):
+    return torch.empty_like(q, memory_format=torch.contiguous_format), _new_lse(q)
+
+
+@torch.library.custom_op("ftrain::by_document_backward", mutates_args=())
+def _by_document_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segment_ids: Tensor, window: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    like, (grad, q, k, v, out) = (q, k, v), _wide(grad, q, k, v, out)
+    groups = q.shape[2] // k.shape[2]
+    k, v = (t.repeat_interleave(groups, 2) if groups > 1 else t for t in (k, v))
+    grads = [torch.empty(q.shape, dtype=q.dtype) for _ in range(3)]
+    for rows, columns, (g, *parts, o), ahead, added in _pieces([grad, q, k, v, out], segment_ids, window, causal):
+        found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            g, *parts, o, lse[rows, :, columns], 0.0, ahead, attn_mask=added
+        )
+        for whole, part in zip(grads, found):
+            whole[rows, columns] = part.transpose(1, 2)
+    if groups > 1:
+        grads[1:] = [t.unflatten(2, (-1, groups)).sum(3) for t in grads[1:]]
+    return tuple(g.to(t.dtype) for g, t in zip(grads, like))
+
+
+@_by_document_backward.register_fake
+def _(grad, q, k, v, out, lse, segment_ids, window, causal):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.how = inputs[4:]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad, _):
+    q, k, v, segment_ids, out, lse = ctx.saved_tensors
+    return *_by_document_backward(grad.contiguous(), q, k, v, out, lse, segment_ids, *ctx.how), None, None, None
+
+
+_by_document.register_autograd(_backward, setup_context=_save)
+
+
+def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In fp32 where this CPU has no products of bf16 and would emulate them, at a fifth of the speed."""
+    return tensors if native_bf16() or tensors[0].dtype != torch.bfloat16 else tuple(t.float() for t in tensors)
+
+
 def attention_for(device_type: str, dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
     """The ops `mask`, `local_mask`, `attention` and `local_attention` for a device and a compute dtype: flash-attn
     where it is installed and can serve."""
@@ -87,6 +222,11 @@ def attention_for(device_type: str, dtype: torch.dtype) -> dict[str, Callable[..
         packed = packed_attention(flash_attn_varlen_func)
         return {
             "mask": packed_mask, "local_mask": packed_segments, "attention": packed, "local_attention": packed,
+        }  # fmt: skip
+    if device_type == "cpu":
+        return {
+            "mask": documents, "local_mask": local_documents,
+            "attention": document_attention, "local_attention": document_attention,
         }  # fmt: skip
     return {
         "mask": attention_mask, "local_mask": same_segment, "attention": attention, "local_attention": attention,

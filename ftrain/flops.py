@@ -1,5 +1,6 @@
 """Model FLOPs, and what the machine could do: their ratio is the MFU."""
 
+import platform
 import time
 
 import torch
@@ -32,6 +33,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         a @ a
         best = min(best, time.perf_counter() - start)
     return 2 * 1024**3 / best
+
+
+def native_bf16() -> bool:
+    """Whether this CPU multiplies bf16 itself; others emulate it, at a fraction of fp32's speed."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def peak_memory(device: torch.device) -> int:

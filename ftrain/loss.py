@@ -27,7 +27,8 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, unembedding: Tensor, labels: Tensor) -> Tensor:
         total = torch.zeros((), device=hidden.device)
         learns = ctx.needs_input_grad[1]
-        d_unembedding = torch.zeros(unembedding.shape, device=hidden.device) if learns else None
+        # In place: of a large vocabulary this is the largest tensor there is.
+        d_unembedding = torch.empty(unembedding.shape, device=hidden.device).zero_() if learns else None
         d_hidden = []
         for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK)):
             loss, logits, lse = _chunk(h, unembedding, y)
@@ -36,8 +37,10 @@ class _CrossEntropy(torch.autograd.Function):
             d_logits = torch.exp(logits - lse[:, None]) - hit.float()
             d_logits = torch.where((y != IGNORE)[:, None], d_logits, 0.0).to(h.dtype)
             d_hidden.append(d_logits @ unembedding)
-            if learns:
-                d_unembedding = d_unembedding + d_logits.t() @ h
+            if learns and h.dtype == d_unembedding.dtype:
+                d_unembedding.addmm_(d_logits.t(), h)
+            elif learns:
+                d_unembedding.add_(d_logits.t() @ h)
         ctx.save_for_backward(torch.cat(d_hidden), d_unembedding)
         ctx.dtype = unembedding.dtype
         return total

@@ -39,6 +39,12 @@ class Bucket:
     dtype: torch.dtype
     learns: bool
 
+    @property
+    def layout(self) -> tuple:
+        """Equal for buckets that do the same, of other parameters."""
+        pieces = tuple((p.shape, p.dims, p.sizes) for p in self.pieces)
+        return pieces, self.gather, self.reduce, self.dtype, self.learns
+
     def start(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """This rank's pieces -> all ranks', in the compute dtype, as `assemble` takes them."""
         if self.gather.size == 1:
@@ -106,7 +112,7 @@ def gathering(buckets: Sequence[Bucket], shards: Mapping[str, Tensor]) -> Weight
         found = dict(zip(learning, (b.finish(own) for b, own in zip(learning, cut(rows, sums)))))
         return [g for bucket in buckets for g in found.get(bucket, [None] * len(bucket.names))]
 
-    return Weights(mine, start, assemble, take_apart, finish)
+    return Weights(tuple(bucket.layout for bucket in buckets), mine, start, assemble, take_apart, finish)
 
 
 @dataclass(frozen=True)
@@ -260,7 +266,7 @@ def parallel_ops(ops: Ops, sharding: Sharding, policy: str, grouped_mm: Callable
         return tokens_for_heads(ops.attention(q, k, v, m), sp)
 
     def scan(block, p: Gathered, prefix: str, n: int, x: Tensor) -> tuple[Tensor, list]:
-        ys = []
+        ys, known = [], {}
         for layer in range(n):
             key = f"{prefix}.{layer}"
             buckets = p.buckets[key]
@@ -275,7 +281,8 @@ def parallel_ops(ops: Ops, sharding: Sharding, policy: str, grouped_mm: Callable
 
             if capturing():
                 learn = [bucket.learns for bucket in buckets for _ in bucket.names]
-                out = differentiable(remat(run, policy), prefix, x, gathering(buckets, p.shards), learn)
+                weights = gathering(buckets, p.shards)
+                out = differentiable(run, partial(remat, policy=policy), prefix, x, weights, learn, known)
             else:
                 out = remat(gather_and_run, policy)(x, *(p.shards[name] for name in names))
             if not isinstance(out, tuple) or len(out) != 2:

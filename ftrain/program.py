@@ -14,8 +14,11 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .flops import native_bf16
 from .region import Region, structure
-from .schedule import computes, gather_ahead, is_start, is_wait, late_waits, live, mutates
+from .schedule import computes, gather_ahead, is_start, is_wait, late_waits, live, mutates, overlap
+
+aten = torch.ops.aten
 
 
 @dataclass
@@ -58,25 +61,27 @@ class Program:
         for i, piece in enumerate(pieces):
             inside = set(piece)
             takes = list(dict.fromkeys(m for n in piece for m in n.all_input_nodes if m not in inside))
-            gives: list[fx.Node | None] = [n for n in piece if any(u not in inside for u in n.users)]
+            gives: list[fx.Node | None] = [n for n in piece if any(u in slot and u not in inside for u in n.users)]
             head = piece[0]
             if isinstance(head.target, Region):
                 takes, module, key = list(head.args), head.target.module, head.target.key
                 gives = [None] * len(module.graph.output_node().args[0])
                 for user in head.users:
-                    gives[user.args[1]] = user
+                    if user in slot:
+                        gives[user.args[1]] = user
             else:
                 if len(piece) == 1 and head.users and all(u.target is operator.getitem for u in head.users):
-                    gives = sorted(head.users, key=lambda u: u.args[1])
+                    gives = sorted((u for u in head.users if u in slot), key=lambda u: u.args[1])
                     piece = [head, *gives]
                 module = as_module(piece, takes, gives)
                 key = structure(module)
             if key not in calls:
+                module = overlapped(module)
                 compiling = mode == "inductor" and any(computes(n) for n in module.graph.nodes) and not (
                     alone(head) and not isinstance(head.target, Region)
                 )
                 calls[key] = self._compile(module) if compiling else unboxed(module)
-            drops = {m for n in piece for m in n.all_input_nodes if last[m] == i and m not in inside} - kept
+            drops = {m for n in piece for m in n.all_input_nodes if last.get(m) == i and m not in inside} - kept
             self.instructions.append(Instruction(
                 calls[key], tuple(slot[n] for n in takes), tuple(None if n is None else slot[n] for n in gives),
                 tuple(slot[n] for n in drops), head.name,
@@ -103,6 +108,18 @@ class Program:
         self.compiled.seconds += time.perf_counter() - start
         self.compiled.pieces += 1
         return call
+
+
+def overlapped(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph, its collectives begun early and waited for late."""
+    nodes = list(module.graph.nodes)
+    order = overlap(nodes)
+    if order == nodes:
+        return module
+    graph, copied = fx.Graph(), {}
+    for n in order:
+        copied[n] = graph.node_copy(n, copied.__getitem__)
+    return fx.GraphModule(module, graph)
 
 
 def unboxed(module: fx.GraphModule) -> Callable[[list], Sequence]:
@@ -135,11 +152,36 @@ def inductor(module: fx.GraphModule) -> Callable[[list], Sequence]:
     fake = detect_fake_mode(inputs)
     with fake, tracing(TracingContext(fake)), V.set_fake_mode(fake), torch.no_grad():
         flat = make_fx(torch.func.functionalize(module), select_decomp_table(), record_module_stack=False)(*inputs)
+        widen_products(flat.graph)
         flat.graph.eliminate_dead_code()
         flat.recompile()
         output = flat.graph.output_node()
         output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
         return compile_fx_inner(flat, inputs)
+
+
+def widen_products(graph: fx.Graph) -> None:
+    """Products of bf16 in fp32, rounded after, on a CPU that has none of its own: they add up in fp32 anyway, and what
+    it does instead takes five times as long."""
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if node.target not in (aten.mm.default, aten.addmm.default, aten.bmm.default):
+            continue
+        if value.dtype != torch.bfloat16 or value.device.type != "cpu" or native_bf16():
+            continue
+        with graph.inserting_before(node):
+            wide = [n if not isinstance(n, fx.Node) else cast(graph, n, torch.float32) for n in node.args]
+            product = graph.call_function(node.target, tuple(wide), node.kwargs)
+            product.meta["val"] = value.float()
+            narrow = cast(graph, product, torch.bfloat16)
+        node.replace_all_uses_with(narrow)
+        graph.erase_node(node)
+
+
+def cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    out = graph.call_function(torch.ops.prims.convert_element_type.default, (node, dtype))
+    out.meta["val"] = node.meta["val"].to(dtype)
+    return out
 
 
 def alone(node: fx.Node) -> bool:

@@ -15,6 +15,8 @@ from torch.fx.experimental.proxy_tensor import (
 )  # fmt: skip
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .outline import outline
+
 aten = torch.ops.aten
 
 
@@ -41,9 +43,10 @@ class Weights(NamedTuple):
     start: shards -> what was gathered, by collectives of the graph around; once for the forward and once for the
     backward, so that nothing gathered is kept. assemble: that -> the parameters, within the region. take_apart:
     gradients of the parameters (None where there is none) -> what is to be reduced, within the region.
-    finish: that -> gradients of the shards.
+    finish: that -> gradients of the shards. layout: equal where these functions do the same.
     """
 
+    layout: tuple
     shards: Sequence[Tensor]
     start: Callable[[Sequence[Tensor]], list[Tensor]]
     assemble: Callable[[Sequence[Tensor]], list[Tensor]]
@@ -51,15 +54,19 @@ class Weights(NamedTuple):
     finish: Callable[[Sequence[Tensor]], list[Tensor | None]]
 
 
-def differentiable(fn: Callable, name: str, x: Tensor, weights: Weights, learn: Sequence[bool]) -> Any:
+def differentiable(
+    fn: Callable, keep: Callable, name: str, x: Tensor, weights: Weights, learn: Sequence[bool], known: dict
+) -> Any:
     """`fn(x, *parameters)` as a region, with a region for its gradient.
 
     fn: returns a pytree of tensors and None. Tensors that it takes from around itself become inputs too.
-    learn: which of the parameters have a gradient.
+    keep: what makes of fn a function that recomputes some of it in its backward.
+    learn: which of the parameters have a gradient. known: what was captured before; what does the same is not
+    captured again.
     """
     with torch.no_grad():
         gathered = weights.start(weights.shards)
-    pair = _capture(fn, name, x, gathered, weights, learn)
+    pair = _known(fn, keep, name, x, gathered, weights, learn, known)
     if pair.backward is None:
         outs, _ = _emit(pair.forward, _proxies([x, *gathered, *pair.closures]), len(pair.differentiable))
     else:
@@ -83,6 +90,29 @@ class _Pair(NamedTuple):
     spec: Any
     wants: list[tuple[str, int]]
     gives: list[tuple[str, int]]
+
+
+def _known(
+    fn: Callable, keep: Callable, name: str, x: Tensor, gathered: Sequence[Tensor], weights: Weights,
+    learn: Sequence[bool], known: dict,
+) -> _Pair:  # fmt: skip
+    """The regions of `fn`: those of a function with the same outline, or captured."""
+    outer = get_proxy_mode().tracer
+    grad = torch.is_grad_enabled()
+    with disable_proxy_modes_tracing():
+        with torch.no_grad():
+            params = weights.assemble([t.detach() for t in gathered])
+        learning = [x.requires_grad and grad, *(grad and learns for learns in learn)]
+        inputs = [t.detach().requires_grad_(of) for t, of in zip([x, *params], learning, strict=True)]
+        found = outline(fn, inputs)
+    around = [has_proxy_slot(t, outer) for t in found.outside]
+    key = (found.key, tuple(around), weights.layout)
+    if key not in known:
+        pair = _capture(keep(fn), name, x, gathered, weights, learn)
+        places = {id(t): i for i, t in enumerate(found.outside)}
+        known[key] = pair, [places[id(t)] for t in pair.closures]
+    pair, order = known[key]
+    return pair._replace(closures=[found.outside[i] for i in order])
 
 
 def _capture(
@@ -148,7 +178,7 @@ def _split(name: str, traced: fx.GraphModule, seen: dict[str, Any]) -> _Pair:
              for i, grad in enumerate(grads) if grad is not None]  # fmt: skip
     grads = [grad for grad in (*of_x, *of_rows, *of_closures) if grad is not None]
     inner = {n for n in before if n not in source and n.op != "get_attr"} - set(prologue)
-    needed = _ancestors(grads, stop=inner)
+    needed = _ancestors(grads, stop=inner | set(source))
     crossing = [n for n in before if n in needed and n in inner]
     forward = _region(f"{name}_forward", traced, before, source, given, [*outputs, *crossing])
     if not gives:

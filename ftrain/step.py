@@ -56,6 +56,12 @@ def loss_sums(out: Output, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return sums
 
 
+def squares(grads: Mapping[str, Tensor], copies: Mapping[str, int]) -> Tensor:
+    """This rank's share of the squared global norm: the sum of squares, of what several ranks hold a part each."""
+    norms = torch.stack(torch._foreach_norm(list(grads.values())))
+    return (norms.square() / norms.new_tensor([copies[name] for name in grads])).sum()
+
+
 def metric(name: str) -> str:
     """How a loss is called among the metrics."""
     return name if name == "loss" else f"{name}_loss"
@@ -132,17 +138,14 @@ def make_train_step(
     def graph(params, mu, nu, total, step, batch, totals, last):
         grads, parts, routed = gradients(model, sharding, ops, recipe, params, batch, totals)
         if accumulate > 1:
-            grads = {name: g + total[name] for name, g in grads.items()}
-        squares = [grads[name].square().sum() / sharding.copies[name] for name in grads]
-        sums = summed({"squares": torch.stack(squares).sum(), **parts}, sharding.world)
+            torch._foreach_add_([total[name] for name in grads], list(grads.values()))
+            grads = {name: total[name] for name in grads}
+        sums = summed({"squares": squares(grads, sharding.copies), **parts}, sharding.world)
         norm = sums.pop("squares").sqrt()
         finite = torch.isfinite(torch.stack([norm, *sums.values()])).all()
         apply = finite & last
         lr = adam.lr * recipe.schedule(step)
         with torch.no_grad():
-            if accumulate > 1:
-                for name, g in grads.items():
-                    total[name].copy_(torch.where(last, 0.0, g))
             update_(adam, lr, model.specs, params, grads, mu, nu, step, norm, apply)
             step.add_(apply.to(step.dtype))
         metrics = sums | {"grad_norm": norm, "lr": lr, "finite": finite}
@@ -163,6 +166,8 @@ def make_train_step(
             # The balance loss is a product of two averages over the global batch: the first has
             # to be known before any microbatch's backward. Costs one more forward.
             totals["routed"] = sum(count_experts(state, batch)["expert_counts"] for batch in batches)
+        if buffers:
+            torch._foreach_zero_(list(buffers.values()))
         seen = []
         for i, batch in enumerate(batches):
             last = torch.tensor(i == accumulate - 1, device=state.step.device)
