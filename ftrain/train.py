@@ -8,7 +8,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,12 +35,25 @@ from .recipes import Run
 from .specs import Specs, trainable
 from .state import State, init_state
 from .step import Recipe, make_eval_step, make_train_step, metric
+from .transfer import Sent, a_step_late, copy_stream, fetch, receive, send, to_device
 
 SAMPLE_TOKENS = 48
 
 Log = Callable[..., None]  # (step, **values), as `Records.log`
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 T = TypeVar("T")
+
+
+class Issued(NamedTuple):
+    """A step on its way: its metrics may not be there yet. graphs: how many are compiled by then, `compiled`: one more
+    for this step."""
+
+    step: int
+    metrics: Callable[[], tuple[dict[str, Tensor], float]]  # as `fetch` returns it
+    tokens: int
+    packings: dict[str, list[Packing]]
+    graphs: int
+    compiled: bool
 
 
 class Diverged(ValueError):
@@ -268,14 +281,31 @@ def _loop(
     eval_step = make_eval_step(job.model, job.sharding, job.ops, "off")
     peak = peak_flops(process.device, compute_dtype(cfg.precision))
 
-    def batches() -> Iterator[tuple[list[Batch], dict[str, list[Packing]], int]]:
+    stream = copy_stream(process.device)
+
+    def batches() -> Iterator[tuple[Sent, dict[str, list[Packing]], int]]:
         for index in range(position, position + (cfg.steps - first) * cfg.batch_size, cfg.batch_size):
             batch = data.batch(index, cfg.batch_size, cfg.seed)
-            yield *job.shares(batch, cfg.accumulate), int((batch["segment_ids"] >= 0).sum())
+            parts, packings = job.shares(batch, cfg.accumulate)
+            yield send(parts, process.device, stream), packings, int((batch["segment_ids"] >= 0).sum())
+
+    def issued() -> Iterator[Issued]:
+        nonlocal state
+        shapes: set[Shapes] = set()
+        so_far = None
+        for step, (sent, packings, tokens) in enumerate(prefetch(batches()), first + 1):
+            parts, seen = receive(sent), len(shapes)
+            shapes |= {_shapes(part) for part in parts}
+            compiles = len(shapes) > seen and cfg.compile != "off"
+            which = f", graph {len(shapes)}" if seen else ""
+            with con.phase(f"compiling the train step ({cfg.compile}{which})") if compiles else nullcontext():
+                state, metrics = train_step(state, parts, so_far)
+            so_far = metrics["finite"]
+            yield Issued(step, fetch(metrics), tokens, packings, len(shapes), compiles)
 
     def evaluate(step: int) -> None:
         with con.phase("measuring the held-out loss"):
-            found = _heldout_losses(cfg, job, data, lambda batch: eval_step(state, _to(batch, process.device)))
+            found = _heldout_losses(cfg, job, data, lambda batch: eval_step(state, to_device(batch, process.device)))
         said = (f"{_words(metric)} {loss:.4f} over {count:,} {'tokens' if metric == 'loss' else 'targets'}"
                 for metric, (loss, count) in found.items())  # fmt: skip
         con.info(f"step {step}: held-out {', '.join(said)}")
@@ -298,20 +328,22 @@ def _loop(
         score(first, "start")
     # The step of the newest checkpoint in cfg.out; at 0 there is nothing that needs one.
     saved = first if first == 0 or cfg.resume == "auto" else None
-    shapes: set[Shapes] = set()
-    start, done = time.perf_counter(), 0
-    for step, (parts, packings, tokens) in enumerate(prefetch(batches()), first + 1):
-        began = time.perf_counter()
-        seen = len(shapes)
-        shapes |= {_shapes(part) for part in parts}
-        compiles = len(shapes) > seen and cfg.compile != "off"
-        which = f", graph {len(shapes)}" if seen else ""
-        with con.phase(f"compiling the train step ({cfg.compile}{which})") if compiles else nullcontext():
-            state, metrics = train_step(state, [_to(part, process.device) for part in parts])
-            values = _values(metrics)
-        seconds = time.perf_counter() - began
-        if step == first + 1 and compiles:
-            start = time.perf_counter()  # the estimate of what is left counts from here
+
+    def due(step: int, every: int) -> bool:
+        return step == cfg.steps or every > 0 and step % every == 0
+
+    def looks_at_state(of: Issued) -> bool:
+        return due(of.step, cfg.eval_every) or due(of.step, cfg.save_every)
+
+    # From the end of the step before (or of the evaluation or checkpoint after it) to this one's: what a step takes.
+    began = start = time.perf_counter()
+    done = 0
+    for step, fetched, tokens, packings, graphs, compiled in a_step_late(issued(), looks_at_state):
+        metrics, ended = fetched()
+        values = _values(metrics)
+        seconds, began = ended - began, ended
+        if step == first + 1 and compiled:
+            start = ended  # the estimate of what is left counts from here
         else:
             done += 1
         if not values.pop("finite"):
@@ -327,10 +359,10 @@ def _loop(
         # What encoders compute depends on the batch, and a new size of it is a new graph.
         shared = {name: _together(of_encoder) for name, of_encoder in packings.items()}
         balance = {f"{name}_{of}": getattr(p, of) for name, p in shared.items() for of in ("waste", "imbalance")}
-        balance |= {"graphs": len(shapes)} if shared or len(shapes) > 1 else {}
+        balance |= {"graphs": graphs} if shared or graphs > 1 else {}
         log(step, **values, **balance, tokens=tokens, step_time_s=seconds, **measured)
         if step % cfg.log_every == 0 or step in (first + 1, cfg.steps):
-            left = (cfg.steps - step) * ((time.perf_counter() - start) / done if done else seconds)
+            left = (cfg.steps - step) * ((ended - start) / done if done else seconds)
             shown = {name: f"{value:.4f}" for name, value in values.items() if _is_loss(name)}
             shown |= {"busiest_expert": f"{values['expert_load_max']:.2f}x"} if "expert_load_max" in values else {}
             shown |= {name: f"padding {p.waste:.0%}, imbalance {p.imbalance:.2f}x" for name, p in shared.items()}
@@ -338,11 +370,13 @@ def _loop(
                 step, cfg.steps, loss=values.get("loss"), grad_norm=values["grad_norm"], lr=values["lr"],
                 eta_s=left, **measured, **shown,
             )  # fmt: skip
-        if step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0):
+        if due(step, cfg.eval_every):
             evaluate(step)
-        if step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0):
+        if due(step, cfg.save_every):
             save(step)
             saved = step
+        if due(step, cfg.eval_every) or due(step, cfg.save_every):
+            began = time.perf_counter()
     if data.sample:
         with con.phase("sampling"):
             line = data.sample(job, state)
@@ -383,15 +417,15 @@ def _heldout_losses(
     cfg: TrainConfig, job: Job, data: Data, eval_step: Callable[[Batch], dict[str, Tensor]]
 ) -> dict[str, tuple[float, int]]:
     """Of each loss, by the name of its metric: (mean, targets) over the first cfg.eval_batches held-out batches."""
-    totals: dict[str, float] = {}
+    totals: dict[str, Tensor] = {}  # on the device: it has the next part to compute before this one's are known
     for batch in data.heldout(cfg.batch_size, cfg.eval_batches):
         for part in job.microbatches(batch, cfg.accumulate):
             for name, value in eval_step(part).items():
                 if name.endswith(("_sum", "_targets")):
-                    totals[name] = totals.get(name, 0.0) + float(value)
-    names = [name.removesuffix("_sum") for name in totals if name.endswith("_sum")]
-    counts = {name: int(totals[f"{name}_targets"]) for name in names}
-    return {metric(name): (totals[f"{name}_sum"] / max(n, 1), n) for name, n in counts.items()}
+                    totals[name] = totals[name] + value if name in totals else value
+    known = {name: float(total) for name, total in fetch(totals)()[0].items()} if totals else {}
+    counts = {name.removesuffix("_targets"): int(n) for name, n in known.items() if name.endswith("_targets")}
+    return {metric(name): (known[f"{name}_sum"] / max(n, 1), n) for name, n in counts.items()}
 
 
 def _save(cfg: TrainConfig, job: Job, state: State, data: Data, sequences: int) -> None:
@@ -422,13 +456,9 @@ def _recipe(cfg: TrainConfig, model: Model) -> Recipe:
     return Recipe(adam, schedule, router_aux=aux, router_z=cfg.router_z_loss)
 
 
-def _to(batch: Batch, device: torch.device) -> Batch:
-    # In one order, whatever the batch was made of: the compiler would take another for another graph.
-    return {name: t.to(device, non_blocking=True) for name, t in sorted(batch.items())}
-
-
 def _values(metrics: dict[str, Tensor]) -> dict[str, float]:
-    """The step's metrics as numbers; of the experts' load, the busiest's and the idlest's share of the mean."""
+    """The step's metrics, on the host, as numbers; of the experts' load, the busiest's and the idlest's share of the
+    mean."""
     values = {name: float(t) for name, t in metrics.items() if t.ndim == 0}
     if "expert_counts" in metrics:
         load = metrics["expert_counts"] / metrics["expert_counts"].mean(-1, keepdim=True)
