@@ -280,7 +280,6 @@ def _loop(
     # Not compiled: run so seldom, a second graph would cost more time than it saves.
     eval_step = make_eval_step(job.model, job.sharding, job.ops, "off")
     peak = peak_flops(process.device, compute_dtype(cfg.precision))
-
     stream = copy_stream(process.device)
 
     def batches() -> Iterator[tuple[Sent, dict[str, list[Packing]], int]]:
@@ -332,13 +331,13 @@ def _loop(
     def due(step: int, every: int) -> bool:
         return step == cfg.steps or every > 0 and step % every == 0
 
-    def looks_at_state(of: Issued) -> bool:
-        return due(of.step, cfg.eval_every) or due(of.step, cfg.save_every)
+    def pauses(step: int) -> bool:  # the state is looked at before the next step
+        return due(step, cfg.eval_every) or due(step, cfg.save_every)
 
     # From the end of the step before (or of the evaluation or checkpoint after it) to this one's: what a step takes.
     began = start = time.perf_counter()
     done = 0
-    for step, fetched, tokens, packings, graphs, compiled in a_step_late(issued(), looks_at_state):
+    for step, fetched, tokens, packings, graphs, compiled in a_step_late(issued(), lambda of: pauses(of.step)):
         metrics, ended = fetched()
         values = _values(metrics)
         seconds, began = ended - began, ended
@@ -375,7 +374,7 @@ def _loop(
         if due(step, cfg.save_every):
             save(step)
             saved = step
-        if due(step, cfg.eval_every) or due(step, cfg.save_every):
+        if pauses(step):
             began = time.perf_counter()
     if data.sample:
         with con.phase("sampling"):
