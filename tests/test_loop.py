@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftrain import __main__ as cli
-from ftrain import data, launch, train, transfer
+from ftrain import data, launch, loop, transfer
 from ftrain.equivalence import RECIPE, random_batch, shrink, values
 from ftrain.job import make_job
 from ftrain.mesh import Mesh
@@ -44,7 +44,7 @@ def watched(ground, tmp_path, monkeypatch, capsys):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
     monkeypatch.setattr(launch, "accelerator", lambda: None)
-    real_step, real_fetch = train.make_train_step, train.fetch
+    real_step, real_fetch = loop.make_train_step, loop.fetch
 
     def run(before=lambda *_: None, after=lambda *_: None, **more):
         seen, at = [], 0
@@ -67,8 +67,8 @@ def watched(ground, tmp_path, monkeypatch, capsys):
             wait, step = real_fetch(metrics), at
             return lambda: ("finite" in metrics and seen.append(("read", step))) or wait()
 
-        monkeypatch.setattr(train, "make_train_step", make)
-        monkeypatch.setattr(train, "fetch", fetch)
+        monkeypatch.setattr(loop, "make_train_step", make)
+        monkeypatch.setattr(loop, "fetch", fetch)
         own = {"out": tmp_path / "out", "nproc": 1, "compile": "off", "seq_len": 32, "batch_size": 4, "eval_batches": 1}
         status = cli.main(command(**flags | own | more)[3:])
         return SimpleNamespace(status=status, err=capsys.readouterr().err, out=tmp_path / "out", seen=seen)
@@ -117,9 +117,9 @@ def test_after_a_bad_step_nothing_is_applied(watched, tmp_path, save_every, accu
 
 
 def test_batches_are_sent_in_the_thread_that_makes_them(watched, monkeypatch):
-    threads, received, send, receive = set(), [], train.send, train.receive
-    monkeypatch.setattr(train, "send", lambda *args: threads.add(threading.current_thread().name) or send(*args))
-    monkeypatch.setattr(train, "receive", lambda sent: received.append(sent) or receive(sent))
+    threads, received, send, receive = set(), [], loop.send, loop.receive
+    monkeypatch.setattr(loop, "send", lambda *args: threads.add(threading.current_thread().name) or send(*args))
+    monkeypatch.setattr(loop, "receive", lambda sent: received.append(sent) or receive(sent))
     assert watched(steps=3, eval_every=0, save_every=0).status == 0
     assert threads == {"prefetch"} and len(received) == 3
 
