@@ -33,11 +33,11 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 class Issued(NamedTuple):
-    """A step on its way: its metrics may not be there yet. graphs: how many are compiled by then, `compiled`: one more
+    """A step on its way: its numbers may not be there yet. graphs: how many are compiled by then, `compiled`: one more
     for this step."""
 
     step: int
-    metrics: Callable[[], tuple[dict[str, Tensor], float]]  # as `fetch` returns it
+    fetched: Callable[[], tuple[dict[str, float], float]]  # its metrics, as `fetch` returns them
     tokens: int
     packings: dict[str, list[Packing]]
     graphs: int
@@ -87,7 +87,7 @@ def loop(
             with con.phase(f"compiling the train step ({cfg.compile}{which})") if compiles else nullcontext():
                 state, metrics = train_step(state, parts, so_far)
             so_far = metrics["finite"]
-            yield Issued(step, fetch(metrics), tokens, packings, len(shapes), compiles)
+            yield Issued(step, fetch(_numbers(metrics)), tokens, packings, len(shapes), compiles)
 
     def evaluate(step: int) -> None:
         with con.phase("measuring the held-out loss"):
@@ -125,8 +125,7 @@ def loop(
     began = start = time.perf_counter()
     done = 0
     for step, fetched, tokens, packings, graphs, compiled in a_step_late(issued(), lambda of: pauses(of.step)):
-        metrics, ended = fetched()
-        values = _values(metrics)
+        values, ended = fetched()
         seconds, began = ended - began, ended
         if step == first + 1 and compiled:
             start = ended  # the estimate of what is left counts from here
@@ -209,7 +208,7 @@ def _heldout_losses(
             for name, value in eval_step(part).items():
                 if name.endswith(("_sum", "_targets")):
                     totals[name] = totals[name] + value if name in totals else value
-    known = {name: float(total) for name, total in fetch(totals)()[0].items()} if totals else {}
+    known = fetch(totals)()[0] if totals else {}
     counts = {name.removesuffix("_targets"): int(n) for name, n in known.items() if name.endswith("_targets")}
     return {metric(name): (known[f"{name}_sum"] / max(n, 1), n) for name, n in counts.items()}
 
@@ -242,11 +241,10 @@ def _recipe(cfg: TrainConfig, model: Model) -> Recipe:
     return Recipe(adam, schedule, router_aux=aux, router_z=cfg.router_z_loss)
 
 
-def _values(metrics: dict[str, Tensor]) -> dict[str, float]:
-    """The step's metrics, on the host, as numbers; of the experts' load, the busiest's and the idlest's share of the
-    mean."""
-    values = {name: float(t) for name, t in metrics.items() if t.ndim == 0}
+def _numbers(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The step's metrics, 0-dim; of the experts' load, the busiest's and the idlest's share of the mean."""
+    numbers = {name: t for name, t in metrics.items() if t.ndim == 0}
     if "expert_counts" in metrics:
         load = metrics["expert_counts"] / metrics["expert_counts"].mean(-1, keepdim=True)
-        values |= {"expert_load_max": float(load.max()), "expert_load_min": float(load.min())}
-    return values
+        numbers |= {"expert_load_max": load.max(), "expert_load_min": load.min()}
+    return numbers

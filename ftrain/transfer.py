@@ -60,28 +60,22 @@ def receive(sent: Sent) -> list[dict[str, Tensor]]:
     return sent.batches
 
 
-def fetch(tensors: Mapping[str, Tensor]) -> Callable[[], tuple[dict[str, Tensor], float]]:
-    """Begin to copy numbers to the host, all of them in one copy.
+def fetch(numbers: Mapping[str, Tensor]) -> Callable[[], tuple[dict[str, float], float]]:
+    """Begin to copy 0-dim tensors to the host, all in one copy and in the type that holds all of theirs.
 
-    -> a function that waits for it -> (the same tensors on the host, when they were there: time.perf_counter()).
-    Floats, bools, and integers up to 2^53.
+    -> a function that waits for it -> (the numbers, when they were there by time.perf_counter()).
     """
-    packed = torch.cat([t.detach().reshape(-1).double() for t in tensors.values()])
-    shapes = {name: (t.shape, t.dtype) for name, t in tensors.items()}
-    if packed.device.type == "cpu":
-        host, copied, there = packed, None, time.perf_counter()
-    else:
-        host, there = torch.empty_like(packed, device="cpu", pin_memory=True), 0.0
-        host.copy_(packed, non_blocking=True)
+    packed = torch.stack([t.detach() for t in numbers.values()])
+    names, host, copied, there = list(numbers), packed, None, time.perf_counter()
+    if packed.device.type != "cpu":
+        host = torch.empty_like(packed, device="cpu", pin_memory=True).copy_(packed, non_blocking=True)
         copied = torch.accelerator.current_stream().record_event()
 
-    def wait() -> tuple[dict[str, Tensor], float]:
-        at = there
+    def wait() -> tuple[dict[str, float], float]:
         if copied is not None:
             copied.synchronize()
-            at = time.perf_counter()
-        parts = host.split([shape.numel() for shape, _ in shapes.values()])
-        return {n: p.view(shape).to(dtype) for p, (n, (shape, dtype)) in zip(parts, shapes.items(), strict=True)}, at
+        at = there if copied is None else time.perf_counter()
+        return dict(zip(names, map(float, host.tolist()), strict=True)), at
 
     return wait
 
