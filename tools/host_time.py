@@ -2,8 +2,8 @@
 
 A run of the default job (or as the flags say) in a directory of its own. What is counted is all that the loop
 does from one compiled call's return to the next one's start: waiting for the batch, preparing the call, taking
-the metrics to the host, recording and printing them. Medians and quartiles over the steps, without those beside an
-evaluation, a checkpoint or the first call.
+the metrics to the host, recording and printing them. Also the share of it that this thread was at work, which other
+programs on a busy machine change less.
 """
 
 import os
@@ -20,32 +20,41 @@ import torch
 from ftrain import config, train
 
 STEPS = 60
+Clock = tuple[float, float]  # seconds: of the wall's clock, and that this thread was on a CPU
 
 
 def main(flags: list[str]) -> None:
-    calls: list[tuple[float, float]] = []  # when each compiled call began and ended
+    calls: list[tuple[Clock, Clock]] = []  # when each compiled call began and ended
     torch_compile = torch.compile
 
     def compile(*args, **kwargs):
         compiled = torch_compile(*args, **kwargs)
 
         def timed(*of_call):
-            began = time.perf_counter()
+            began = clock()
             result = compiled(*of_call)
-            calls.append((began, time.perf_counter()))
+            calls.append((began, clock()))
             return result
 
         return timed
 
     torch.compile = compile
     with tempfile.TemporaryDirectory() as out:
-        cfg = config.parse([*f"--steps {STEPS} --save-every 0 --eval-every 0 --log-every 1".split(), *flags, "--out", out])
-        train.main(cfg)
-    within = [end - began for began, end in calls[2:]]
-    between = [1000 * (began - end) for (_, end), (began, _) in zip(calls[1:], calls[2:])]
-    low, middle, high = statistics.quantiles(between, n=4)
-    print(f"compiled call: median {1000 * statistics.median(within):.1f} ms over {len(within)} steps")
-    print(f"between two: median {middle:.2f} ms, quartiles {low:.2f} and {high:.2f} ms, least {min(between):.2f} ms")
+        defaults = f"--steps {STEPS} --save-every 0 --eval-every 0".split()
+        train.main(config.parse([*defaults, *flags, "--out", out]))
+    say("compiled call", [(began, ended) for began, ended in calls[2:]])
+    say("between two", [(ended, began) for (_, ended), (began, _) in zip(calls[1:], calls[2:])])
+
+
+def clock() -> Clock:
+    return time.perf_counter(), time.thread_time()
+
+
+def say(what: str, spans: list[tuple[Clock, Clock]]) -> None:
+    for i, kind in enumerate(("", " of this thread's work")):
+        ms = [1000 * (ended[i] - began[i]) for began, ended in spans]
+        low, middle, high = statistics.quantiles(ms, n=4)
+        print(f"{what}: median {middle:.2f} ms{kind}, the middle half {low:.2f} to {high:.2f}, over {len(ms)} steps")
 
 
 if __name__ == "__main__":
