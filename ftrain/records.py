@@ -161,7 +161,7 @@ def tensorboard(folder: Path, resumed: int | None, warn: Callable[[str], None]) 
     writer = SummaryWriter(str(folder), purge_step=None if resumed is None else resumed + 1)
 
     def log(step: int, values: Mapping[str, float]) -> None:
-        # One event of them all: as many calls of add_scalar cost a step more than all else that the host does for it.
+        # One event of them all: a call of add_scalar for each takes several times as long.
         writer.file_writer.add_summary(
             Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()]), step
         )

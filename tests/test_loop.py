@@ -196,7 +196,8 @@ def test_fetched_numbers_are_the_same(dtype):
 def test_a_batch_arrives_but_for_sizes():
     """`meta` stands for a device that is not the host's; the names come in one order."""
     batch = {"b": torch.zeros(2, 3), "image.splits": torch.ones(2, 2), "a": torch.tensor(1)}
-    (there,) = transfer.receive(transfer.send([batch], torch.device("meta"), transfer.copy_stream(torch.device("meta"))))
+    device = torch.device("meta")
+    (there,) = transfer.receive(transfer.send([batch], device, transfer.copy_stream(device)))
     assert {name: t.device.type for name, t in there.items()} == {"a": "meta", "b": "meta", "image.splits": "cpu"}
     assert list(there) == sorted(batch)
 
