@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ class Recipe:
 
 def local(tensors: Mapping[str, DTensor]) -> dict[str, Tensor]:
     """This rank's pieces, aliasing the DTensors' storage: an update in place is seen by both."""
-    return {name: t.to_local().detach() for name, t in tensors.items()}
+    with torch.no_grad():  # else each is a step of autograd's, thirty times as long
+        return {name: t.to_local() for name, t in tensors.items()}
 
 
 def counts(model: Model, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -73,14 +75,15 @@ def gradients(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:  # fmt: skip
     """Gradients of the global batch's loss, with respect to this rank's pieces of what is trained.
 
-    totals: of all microbatches of the step, `valid` (`counts` on this rank) and, where there
-    are others than this one, `routed`, the global expert counts [L, E].
+    totals: where there are microbatches of the step beside this one, `valid` (`counts` on this rank) of them all
+    and, of models with experts, `routed`, their global expert counts [L, E].
     -> (gradients, this rank's parts of the metrics, global expert counts).
     """
     trained = trainable(model.specs)
     leaves = {name: t.detach().requires_grad_(name in trained) for name, t in params.items()}
     out = model.forward(Gathered(leaves, sharding.buckets), batch, ops)
-    valid = {name: n.clamp(min=1) for name, n in summed(totals["valid"], sharding.world).items()}
+    own = totals["valid"] if "valid" in totals else counts(model, [batch])
+    valid = {name: n.clamp(min=1) for name, n in summed(own, sharding.world).items()}
     parts, objective = {}, 0.0
     for name, loss in loss_sums(out, batch).items():
         parts[metric(name)] = loss / valid[name]
@@ -106,7 +109,7 @@ def make_gradients(model: Model, sharding: Sharding, ops: Ops, recipe: Recipe, m
     """-> (state, batch) -> name -> DTensor: what `train_step` clips and applies, to be looked at."""
 
     def graph(params, batch):
-        return gradients(model, sharding, ops, recipe, params, batch, {"valid": counts(model, [batch])})[0]
+        return gradients(model, sharding, ops, recipe, params, batch, {})[0]
 
     run = one_graph(graph, mode)
 
@@ -120,12 +123,14 @@ def make_gradients(model: Model, sharding: Sharding, ops: Ops, recipe: Recipe, m
 
 def make_train_step(
     model: Model, sharding: Sharding, ops: Ops, recipe: Recipe, mode: str = "inductor", accumulate: int = 1
-) -> Callable[[State, Sequence[Mapping[str, Tensor]]], tuple[State, dict[str, Tensor]]]:  # fmt: skip
-    """-> train_step(state, microbatches) -> (state, metrics).
+) -> Callable[..., tuple[State, dict[str, Tensor]]]:  # fmt: skip
+    """-> train_step(state, microbatches, so_far=None) -> (state, metrics).
 
     The graph runs once for each of the `accumulate` microbatches; gradients add up in a buffer,
     and the last run applies them. A loss or gradient that is not finite changes nothing: the
     state stays as it was, and the metrics say so (`finite` is 0).
+    so_far: `finite` of the step before. Where that is 0 nothing changes either, and `finite` is 0 again: so steps
+    can be issued before it is known how those before them went.
     metrics: 0-dim tensors loss, and NAME_loss of other losses, grad_norm, lr, finite and, of models with experts,
     router_aux_loss (not where several microbatches have no coefficient for it), router_z_loss and
     expert_counts [L, E].
@@ -135,14 +140,14 @@ def make_train_step(
     if not trained:
         raise ValueError("every parameter is frozen: there is nothing to train")
 
-    def graph(params, mu, nu, total, step, batch, totals, last):
+    def graph(params, mu, nu, total, step, batch, totals, last, so_far):
         grads, parts, routed = gradients(model, sharding, ops, recipe, params, batch, totals)
         if accumulate > 1:
             torch._foreach_add_([total[name] for name in grads], list(grads.values()))
             grads = {name: total[name] for name in grads}
         sums = summed({"squares": squares(grads, sharding.copies), **parts}, sharding.world)
         norm = sums.pop("squares").sqrt()
-        finite = torch.isfinite(torch.stack([norm, *sums.values()])).all()
+        finite = so_far & torch.isfinite(torch.stack([norm, *sums.values()])).all()
         apply = finite & last
         lr = adam.lr * recipe.schedule(step)
         with torch.no_grad():
@@ -155,13 +160,19 @@ def make_train_step(
     count_experts = make_eval_step(model, sharding, ops, mode)
     buffers: dict[str, Tensor] = {}
 
-    def train_step(state: State, batches: Sequence[Mapping[str, Tensor]]):
+    @cache  # by role too: of one tensor as two arguments, the graph would take the first for both
+    def constant(role: str, value: bool, device: torch.device) -> Tensor:
+        return torch.tensor(value, device=device)
+
+    def train_step(state: State, batches: Sequence[Mapping[str, Tensor]], so_far: Tensor | None = None):
         if len(batches) != accumulate:
             raise ValueError(f"the step was made for {accumulate} microbatches, but was given {len(batches)}")
         params, mu, nu = local(state.params), local(state.mu), local(state.nu)
         if accumulate > 1 and not buffers:
             buffers.update({name: torch.zeros_like(params[name]) for name in trained})
-        totals = {"valid": counts(model, batches)}
+        device = state.step.device
+        so_far = constant("so_far", True, device) if so_far is None else so_far
+        totals: dict[str, Any] = {"valid": counts(model, batches)} if accumulate > 1 else {}
         if accumulate > 1 and recipe.router_aux and any(spec.experts for spec in model.specs.values()):
             # The balance loss is a product of two averages over the global batch: the first has
             # to be known before any microbatch's backward. Costs one more forward.
@@ -170,8 +181,8 @@ def make_train_step(
             torch._foreach_zero_(list(buffers.values()))
         seen = []
         for i, batch in enumerate(batches):
-            last = torch.tensor(i == accumulate - 1, device=state.step.device)
-            seen.append(run(params, mu, nu, buffers, state.step, dict(batch), totals, last))
+            last = constant("last", i == accumulate - 1, device)
+            seen.append(run(params, mu, nu, buffers, state.step, dict(batch), totals, last, so_far))
         metrics = dict(seen[-1])
         for name in metrics:
             if name.endswith("loss"):

@@ -1,8 +1,6 @@
 """The training run, from a configuration to a checkpoint: what each rank does."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -12,39 +10,28 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from . import checkpoint, launch, recipes, records, samples, tokenizer
 from .cache import content_hash
 from .config import TrainConfig, factors, resolved
 from .console import Console, TensorSummary, console, si
-from .data import Batch, Data, Text, batch_at, heldout_batches, prefetch, prepare
+from .data import Data, Text, batch_at, heldout_batches, prepare
 from .disk import CHECKPOINTS, TRAIN_STATE, read_json, tidy
-from .flops import flops_per_token, peak_flops, peak_memory
 from .generate import generate
 from .groups import regrouped
-from .items import Packing
 from .job import Job, make_job
+from .loop import loop
 from .mesh import resolve
 from .model import Model, find_model, has_weights, param_counts
-from .optim import AdamW, Schedule
 from .plan import find_plan
-from .precision import by_layer, compute_dtype, fp8_report
-from .pretrained import hf_config, init_from, init_from_sources
-from .recipes import Run
+from .precision import by_layer, fp8_report
+from .pretrained import init_from, init_from_sources
 from .specs import Specs, trainable
 from .state import State, init_state
-from .step import Recipe, make_eval_step, make_train_step, metric
 
 SAMPLE_TOKENS = 48
 
-Log = Callable[..., None]  # (step, **values), as `Records.log`
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 T = TypeVar("T")
-
-
-class Diverged(ValueError):
-    """The loss or a gradient is no longer a finite number."""
 
 
 def main(cfg: TrainConfig) -> None:
@@ -90,7 +77,7 @@ def _run(cfg: TrainConfig, process: launch.Process, con: Console) -> None:
     opened = records.open_records(cfg, resumed, con.warn) if process.rank == 0 else None
     log = opened.log if opened else lambda step, **values: None
     try:
-        _loop(cfg, process, job, state, data, position, con, log, recipe)
+        loop(cfg, process, job, state, data, position, con, log, recipe)
     finally:
         if opened:
             opened.close()
@@ -246,194 +233,6 @@ def _introduce(cfg: TrainConfig, job: Job, state: State, data: Data, con: Consol
 
 def _short(placement) -> str:
     return f"Shard({placement.dim})" if placement.is_shard() else "Replicate"
-
-
-def _loop(
-    cfg: TrainConfig, process: launch.Process, job: Job, state: State, data: Data, position: int,
-    con: Console, log: Log, recipe: ModuleType | None,
-) -> None:  # fmt: skip
-    """The steps from the state's to cfg.steps, with their measurements and checkpoints."""
-    first = int(state.step)
-    run = Run(cfg, job, state, data, process.device, con)
-    if first >= cfg.steps:
-        con.info(
-            f"nothing to do: the run in {cfg.out} is at step {first} of --steps {cfg.steps}; "
-            "give more --steps, or --overwrite or another --out for a new run"
-        )
-        return
-    train_step = make_train_step(
-        job.model, job.sharding, job.ops, _recipe(cfg, job.model), cfg.compile, cfg.accumulate
-    )
-    # Not compiled: run so seldom, a second graph would cost more time than it saves.
-    eval_step = make_eval_step(job.model, job.sharding, job.ops, "off")
-    peak = peak_flops(process.device, compute_dtype(cfg.precision))
-
-    def batches() -> Iterator[tuple[list[Batch], dict[str, list[Packing]], int]]:
-        for index in range(position, position + (cfg.steps - first) * cfg.batch_size, cfg.batch_size):
-            batch = data.batch(index, cfg.batch_size, cfg.seed)
-            yield *job.shares(batch, cfg.accumulate), int((batch["segment_ids"] >= 0).sum())
-
-    def evaluate(step: int) -> None:
-        with con.phase("measuring the held-out loss"):
-            found = _heldout_losses(cfg, job, data, lambda batch: eval_step(state, _to(batch, process.device)))
-        said = (f"{_words(metric)} {loss:.4f} over {count:,} {'tokens' if metric == 'loss' else 'targets'}"
-                for metric, (loss, count) in found.items())  # fmt: skip
-        con.info(f"step {step}: held-out {', '.join(said)}")
-        if step > first or first == 0:  # a resumed run's first is in the records already
-            log(step, **{f"heldout_{metric}": loss for metric, (loss, _) in found.items()})
-
-    def score(step: int, by: str) -> None:
-        if hasattr(recipe, by):
-            with con.phase("scoring"):
-                scores = getattr(recipe, by)(run)
-            con.info(f"step {step}: {', '.join(f'{_words(name)} {value:.4g}' for name, value in scores.items())}")
-            log(step, **scores)
-
-    def save(step: int) -> None:
-        with con.phase(f"saving checkpoint step-{step}"):
-            _save(cfg, job, state, data, position + (step - first) * cfg.batch_size)
-
-    evaluate(first)
-    if first == 0:
-        score(first, "start")
-    # The step of the newest checkpoint in cfg.out; at 0 there is nothing that needs one.
-    saved = first if first == 0 or cfg.resume == "auto" else None
-    shapes: set[Shapes] = set()
-    start, done = time.perf_counter(), 0
-    for step, (parts, packings, tokens) in enumerate(prefetch(batches()), first + 1):
-        began = time.perf_counter()
-        seen = len(shapes)
-        shapes |= {_shapes(part) for part in parts}
-        compiles = len(shapes) > seen and cfg.compile != "off"
-        which = f", graph {len(shapes)}" if seen else ""
-        with con.phase(f"compiling the train step ({cfg.compile}{which})") if compiles else nullcontext():
-            state, metrics = train_step(state, [_to(part, process.device) for part in parts])
-            values = _values(metrics)
-        seconds = time.perf_counter() - began
-        if step == first + 1 and compiles:
-            start = time.perf_counter()  # the estimate of what is left counts from here
-        else:
-            done += 1
-        if not values.pop("finite"):
-            if saved != step - 1:
-                save(step - 1)
-            raise _diverged(step, values, cfg.out)
-        flops = _flops_per_token(cfg, job.model, values)
-        measured = {
-            "tokens_per_s": tokens / seconds,
-            "mfu": flops * tokens / seconds / (peak * process.world) if peak and flops else None,
-            "peak_memory_bytes": peak_memory(process.device),
-        }
-        # What encoders compute depends on the batch, and a new size of it is a new graph.
-        shared = {name: _together(of_encoder) for name, of_encoder in packings.items()}
-        balance = {f"{name}_{of}": getattr(p, of) for name, p in shared.items() for of in ("waste", "imbalance")}
-        balance |= {"graphs": len(shapes)} if shared or len(shapes) > 1 else {}
-        log(step, **values, **balance, tokens=tokens, step_time_s=seconds, **measured)
-        if step % cfg.log_every == 0 or step in (first + 1, cfg.steps):
-            left = (cfg.steps - step) * ((time.perf_counter() - start) / done if done else seconds)
-            shown = {name: f"{value:.4f}" for name, value in values.items() if _is_loss(name)}
-            shown |= {"busiest_expert": f"{values['expert_load_max']:.2f}x"} if "expert_load_max" in values else {}
-            shown |= {name: f"padding {p.waste:.0%}, imbalance {p.imbalance:.2f}x" for name, p in shared.items()}
-            con.step(
-                step, cfg.steps, loss=values.get("loss"), grad_norm=values["grad_norm"], lr=values["lr"],
-                eta_s=left, **measured, **shown,
-            )  # fmt: skip
-        if step == cfg.steps or (cfg.eval_every and step % cfg.eval_every == 0):
-            evaluate(step)
-        if step == cfg.steps or (cfg.save_every and step % cfg.save_every == 0):
-            save(step)
-            saved = step
-    if data.sample:
-        with con.phase("sampling"):
-            line = data.sample(job, state)
-        con.info(f"sample: {line}")
-    score(cfg.steps, "finish")
-    opens = "transformers" if hf_config(job.model.hf, None).get("architectures") else "ftrain.load_pretrained"
-    con.info(f"the model is in {Path(cfg.out) / CHECKPOINTS / f'step-{cfg.steps}'}, as {opens} opens it")
-
-
-def _shapes(part: Batch) -> Shapes:
-    """What tells the graphs apart that are compiled for microbatches."""
-    return tuple((name, tuple(t.shape)) for name, t in sorted(part.items()))
-
-
-def _together(packings: Sequence[Packing]) -> Packing:
-    """How well the items of all microbatches of a step were shared out."""
-    units, most, padded, _ = (sum(of) for of in zip(*packings))
-    return Packing(units, most, padded, packings[0].ranks)
-
-
-def _flops_per_token(cfg: TrainConfig, model: Model, values: Mapping[str, float]) -> float | None:
-    """None where it is not known: of models that take or give more than text, and of those partly frozen."""
-    if model.blanks or "loss" not in values or len(trainable(model.specs)) < len(model.specs):
-        return None
-    return flops_per_token(model.specs, model.cfg, cfg.seq_len)
-
-
-def _is_loss(name: str) -> bool:
-    """Whether a metric is a loss of a model's own, beside the next token's."""
-    return name.endswith("_loss") and not name.startswith("router_")
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _heldout_losses(
-    cfg: TrainConfig, job: Job, data: Data, eval_step: Callable[[Batch], dict[str, Tensor]]
-) -> dict[str, tuple[float, int]]:
-    """Of each loss, by the name of its metric: (mean, targets) over the first cfg.eval_batches held-out batches."""
-    totals: dict[str, float] = {}
-    for batch in data.heldout(cfg.batch_size, cfg.eval_batches):
-        for part in job.microbatches(batch, cfg.accumulate):
-            for name, value in eval_step(part).items():
-                if name.endswith(("_sum", "_targets")):
-                    totals[name] = totals.get(name, 0.0) + float(value)
-    names = [name.removesuffix("_sum") for name in totals if name.endswith("_sum")]
-    counts = {name: int(totals[f"{name}_targets"]) for name in names}
-    return {metric(name): (totals[f"{name}_sum"] / max(n, 1), n) for name, n in counts.items()}
-
-
-def _save(cfg: TrainConfig, job: Job, state: State, data: Data, sequences: int) -> None:
-    """A checkpoint of the state, after so many sequences."""
-    meta = {
-        "sequences": sequences, "seq_len": cfg.seq_len, "seed": cfg.seed, "data": data.digest,
-        "model": cfg.model, "plan": cfg.plan, "mesh": dict(job.mesh._asdict()),
-    }  # fmt: skip
-    checkpoint.save(cfg.out, state, job.model, meta, data.save, keep=cfg.keep)
-
-
-def _diverged(step: int, values: dict[str, float], out: str) -> Diverged:
-    kept = f"step {step - 1} is saved in {out}" if step > 1 else "there was none before it to be saved"
-    losses = ", ".join(f"the {_words(name)} is {values[name]}" for name in values if name == "loss" or _is_loss(name))
-    return Diverged(
-        f"{losses} and the gradient norm {values['grad_norm']} at step {step} (lr "
-        f"{values['lr']:.2e}): the update was not made, and {kept}; "
-        "try a smaller --lr, a longer --warmup, or other data"
-    )
-
-
-def _recipe(cfg: TrainConfig, model: Model) -> Recipe:
-    aux = cfg.router_aux_loss
-    if aux is None:
-        aux = getattr(model.cfg, "balance", 0.0)
-    adam = AdamW(cfg.lr, cfg.beta1, cfg.beta2, cfg.eps, cfg.weight_decay, cfg.clip)
-    schedule = Schedule(cfg.steps, cfg.schedule, cfg.warmup, cfg.min_lr_ratio, cfg.decay)
-    return Recipe(adam, schedule, router_aux=aux, router_z=cfg.router_z_loss)
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    # In one order, whatever the batch was made of: the compiler would take another for another graph.
-    return {name: t.to(device, non_blocking=True) for name, t in sorted(batch.items())}
-
-
-def _values(metrics: dict[str, Tensor]) -> dict[str, float]:
-    """The step's metrics as numbers; of the experts' load, the busiest's and the idlest's share of the mean."""
-    values = {name: float(t) for name, t in metrics.items() if t.ndim == 0}
-    if "expert_counts" in metrics:
-        load = metrics["expert_counts"] / metrics["expert_counts"].mean(-1, keepdim=True)
-        values |= {"expert_load_max": float(load.max()), "expert_load_min": float(load.min())}
-    return values
 
 
 def _sample(text: Text, job: Job, state: State) -> str:
