@@ -1,8 +1,8 @@
 """A function of tensors -> one graph, compiled whole.
 
-The function is captured once on fake tensors, down to aten operators: its inner `autograd.grad`
-is by then ordinary operators, and what layers recompute stands in the graph where it runs. The
-compiler sees that flat graph, takes it as a whole or refuses, and updates buffers in place.
+The function is captured once on fake tensors, down to ATen operators: its inner `autograd.grad` is by then ordinary
+operators, and what layers recompute stands in the graph where it runs. Layers are nodes of that graph (region.py); it
+is put in order (schedule.py), and each of its distinct pieces is compiled once (program.py).
 """
 
 from collections.abc import Callable
@@ -14,75 +14,44 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .program import Program
 
-aten = torch.ops.aten
-
-ALIASES = (aten.view.default, aten.t.default, aten.detach.default, aten.alias.default)
 MODES = ("inductor", "aot_eager", "off")
 
 
-def one_graph(fn: Callable, mode: str) -> Callable:
-    """`fn` compiled whole at its first call; `off` runs it as it is.
+class OneGraph:
+    """`fn` as one graph, captured and compiled at its first call, and again for other shapes.
 
-    Takes and returns pytrees of tensors. Called with other shapes, it compiles again for those.
+    programs: what was captured, by the shapes.
     """
-    if mode not in MODES:
-        raise ValueError(f"--compile {mode}: valid modes are {', '.join(MODES)}")
-    if mode == "off":
-        return fn
-    programs: dict[tuple, tuple[Program, object]] = {}
 
-    def run(*args):
+    def __init__(self, fn: Callable, mode: str):
+        self.fn, self.mode = fn, mode
+        self.programs: dict[tuple, tuple[Program, object]] = {}
+
+    def __call__(self, *args):
         flat, tree = tree_flatten(args)
-        key = (tree, tuple((t.shape, t.dtype) for t in flat))
-        if key not in programs:
-            result = []
-
-            def flat_fn(*leaves):
-                out, spec = tree_flatten(fn(*tree_unflatten(leaves, tree)))
-                result.append(spec)
-                return out
-
-            # Activation checkpointing is to act while it is captured, not to leave tags for a compiler.
-            with torch.compiler._non_strict_tracing_context():
-                graph = make_fx(flat_fn, tracing_mode="fake")(*flat)
-            share_maxima(graph.graph)
-            add_in_order(graph.graph)
-            programs[key] = Program(graph, mode), result[0]
-        program, spec = programs[key]
+        key = (tree, *((t.shape, t.dtype) for t in flat))
+        if key not in self.programs:
+            self.programs[key] = self._capture(flat, tree)
+        program, spec = self.programs[key]
         with torch.no_grad():
             return tree_unflatten(program(flat), spec)
 
-    return run
+    def _capture(self, flat: list[Tensor], tree) -> tuple[Program, object]:
+        result = []
+
+        def flat_fn(*leaves):
+            out, spec = tree_flatten(self.fn(*tree_unflatten(leaves, tree)))
+            result.append(spec)
+            return out
+
+        # Activation checkpointing is to act while it is captured, not to leave tags for a compiler.
+        with torch.compiler._non_strict_tracing_context():
+            graph = make_fx(flat_fn, tracing_mode="fake")(*flat)
+        return Program(graph, self.mode), result[0]
 
 
-def share_maxima(graph: torch.fx.Graph) -> None:
-    """Take the largest magnitude of the same tensor once, where float8 products that share an operand take it each.
-
-    It saves work, and inductor's C++ does not compile where one kernel takes three of them in bf16.
-    Other common subexpressions stay: they are what layers recompute on purpose.
-    """
-    first: dict[tuple, torch.fx.Node] = {}
-    for node in list(graph.nodes):
-        if node.target in (*ALIASES, aten.abs.default, aten.amax.default, aten.max.default):
-            same = first.setdefault((node.target, node.args, tuple(node.kwargs.items())), node)
-            if same is not node:
-                node.replace_all_uses_with(same)
-                graph.erase_node(node)
-
-
-def add_in_order(graph: torch.fx.Graph) -> None:
-    """Leave the embedding's gradient to torch's own kernel: inductor's adds atomically, no two runs alike."""
-    for node in graph.nodes:
-        if node.target is aten.embedding_dense_backward.default:
-            node.target = torch.ops.ftrain.embedding_gradient.default
-
-
-@torch.library.custom_op("ftrain::embedding_gradient", mutates_args=())
-def embedding_gradient(grad: Tensor, ids: Tensor, rows: int, padding: int, scale: bool) -> Tensor:
-    """aten.embedding_dense_backward, which adds in a fixed order."""
-    return aten.embedding_dense_backward(grad, ids, rows, padding, scale)
-
-
-@embedding_gradient.register_fake
-def _(grad, ids, rows, padding, scale):
-    return grad.new_empty(rows, grad.shape[-1])
+def one_graph(fn: Callable, mode: str) -> Callable:
+    """`fn`, which takes and returns pytrees of tensors, compiled whole; `off` runs it as it is."""
+    if mode not in MODES:
+        raise ValueError(f"--compile {mode}: valid modes are {', '.join(MODES)}")
+    return fn if mode == "off" else OneGraph(fn, mode)

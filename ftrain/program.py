@@ -14,21 +14,21 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .flops import native_bf16
+from .passes import add_in_order, share_maxima, widen_products
 from .region import Region, structure
 from .schedule import computes, gather_ahead, is_start, is_wait, late_waits, live, mutates, overlap
-
-aten = torch.ops.aten
 
 
 @dataclass
 class Compiled:
-    """What compiling cost: distinct pieces, all calls of pieces in the program, seconds, and cache hits."""
+    """What compiling gave and cost: distinct pieces, how many of them the cache on disk had, the kernels in them,
+    how often pieces are called in a step, and seconds."""
 
     pieces: int = 0
+    cached: int = 0
+    kernels: int = 0
     calls: int = 0
     seconds: float = 0.0
-    cached: int = 0
 
 
 class Instruction(NamedTuple):
@@ -57,6 +57,7 @@ class Program:
             last |= {m: i for n in piece for m in n.all_input_nodes}
         kept = set(result)
         calls: dict[tuple, Callable[[list], Sequence]] = {}
+        compiled: set[tuple] = set()
         self.instructions = []
         for i, piece in enumerate(pieces):
             inside = set(piece)
@@ -77,10 +78,15 @@ class Program:
                 key = structure(module)
             if key not in calls:
                 module = overlapped(module)
+                share_maxima(module.graph)
+                add_in_order(module.graph)
+                module.recompile()
                 compiling = mode == "inductor" and any(computes(n) for n in module.graph.nodes) and not (
                     alone(head) and not isinstance(head.target, Region)
                 )
                 calls[key] = self._compile(module) if compiling else unboxed(module)
+                compiled |= {key} if compiling else set()
+            self.compiled.calls += key in compiled
             drops = {m for n in piece for m in n.all_input_nodes if last.get(m) == i and m not in inside} - kept
             self.instructions.append(Instruction(
                 calls[key], tuple(slot[n] for n in takes), tuple(None if n is None else slot[n] for n in gives),
@@ -103,10 +109,16 @@ class Program:
         return [slots[i] for i in self.outputs]
 
     def _compile(self, module: fx.GraphModule) -> Callable[[list], Sequence]:
-        start = time.perf_counter()
+        from torch._dynamo.utils import counters
+        from torch._inductor import metrics
+
+        start, hits, kernels = time.perf_counter(), counters["inductor"]["fxgraph_cache_hit"], metrics.generated_kernel_count
         call = inductor(module)
-        self.compiled.seconds += time.perf_counter() - start
-        self.compiled.pieces += 1
+        done = self.compiled
+        done.pieces += 1
+        done.cached += counters["inductor"]["fxgraph_cache_hit"] - hits
+        done.kernels += metrics.generated_kernel_count - kernels
+        done.seconds += time.perf_counter() - start
         return call
 
 
@@ -158,30 +170,6 @@ def inductor(module: fx.GraphModule) -> Callable[[list], Sequence]:
         output = flat.graph.output_node()
         output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
         return compile_fx_inner(flat, inputs)
-
-
-def widen_products(graph: fx.Graph) -> None:
-    """Products of bf16 in fp32, rounded after, on a CPU that has none of its own: they add up in fp32 anyway, and what
-    it does instead takes five times as long."""
-    for node in list(graph.nodes):
-        value = node.meta.get("val")
-        if node.target not in (aten.mm.default, aten.addmm.default, aten.bmm.default):
-            continue
-        if value.dtype != torch.bfloat16 or value.device.type != "cpu" or native_bf16():
-            continue
-        with graph.inserting_before(node):
-            wide = [n if not isinstance(n, fx.Node) else cast(graph, n, torch.float32) for n in node.args]
-            product = graph.call_function(node.target, tuple(wide), node.kwargs)
-            product.meta["val"] = value.float()
-            narrow = cast(graph, product, torch.bfloat16)
-        node.replace_all_uses_with(narrow)
-        graph.erase_node(node)
-
-
-def cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    out = graph.call_function(torch.ops.prims.convert_element_type.default, (node, dtype))
-    out.meta["val"] = node.meta["val"].to(dtype)
-    return out
 
 
 def alone(node: fx.Node) -> bool:

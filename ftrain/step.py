@@ -60,8 +60,10 @@ def loss_sums(out: Output, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def squares(grads: Mapping[str, Tensor], copies: Mapping[str, int]) -> Tensor:
     """This rank's share of the squared global norm: the sum of squares, of what several ranks hold a part each."""
-    norms = torch.stack(torch._foreach_norm(list(grads.values())))
-    return (norms.square() / norms.new_tensor([copies[name] for name in grads])).sum()
+    held: dict[int, list[Tensor]] = {}
+    for name, grad in grads.items():
+        held.setdefault(copies[name], []).append(grad)
+    return sum(torch.stack(torch._foreach_norm(some)).square().sum() / n for n, some in held.items())
 
 
 def metric(name: str) -> str:
@@ -81,9 +83,10 @@ def gradients(
     """
     trained = trainable(model.specs)
     leaves = {name: t.detach().requires_grad_(name in trained) for name, t in params.items()}
-    out = model.forward(Gathered(leaves, sharding.buckets), batch, ops)
     own = totals["valid"] if "valid" in totals else counts(model, [batch])
-    valid = {name: n.clamp(min=1) for name, n in summed(own, sharding.world).items()}
+    everyones = summed(own, sharding.world)  # asked for before the forward, so that nothing waits for it
+    out = model.forward(Gathered(leaves, sharding.buckets), batch, ops)
+    valid = {name: n.clamp(min=1) for name, n in everyones.items()}
     parts, objective = {}, 0.0
     for name, loss in loss_sums(out, batch).items():
         parts[metric(name)] = loss / valid[name]
@@ -124,7 +127,7 @@ def make_gradients(model: Model, sharding: Sharding, ops: Ops, recipe: Recipe, m
 def make_train_step(
     model: Model, sharding: Sharding, ops: Ops, recipe: Recipe, mode: str = "inductor", accumulate: int = 1
 ) -> Callable[..., tuple[State, dict[str, Tensor]]]:  # fmt: skip
-    """-> train_step(state, microbatches, so_far=None) -> (state, metrics).
+    """-> train_step(state, microbatches, so_far=None) -> (state, metrics). `train_step.graph` is its compiled part.
 
     The graph runs once for each of the `accumulate` microbatches; gradients add up in a buffer,
     and the last run applies them. A loss or gradient that is not finite changes nothing: the
@@ -193,6 +196,7 @@ def make_train_step(
             del metrics["router_aux_loss"]
         return state, metrics
 
+    train_step.graph = run
     return train_step
 
 
