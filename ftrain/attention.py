@@ -154,14 +154,23 @@ def _by_document(
     q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor, window: int, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """-> [B, S, N, D] and each query's logsumexp [B, N, S], by torch's flash kernel for CPUs. window: 0 for none."""
-    dtype, (q, k, v) = q.dtype, _wide(q, k, v)
-    k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], 2) if k.shape[2] != q.shape[2] else t for t in (k, v))
-    out, lse = torch.empty(q.shape, dtype=dtype), _new_lse(q)
+    like, (q, k, v) = q, _wide(q, k, v)
+    k, v = (_repeated(t, q.shape[2] // k.shape[2]) for t in (k, v))
+    out = lse = None
     for rows, columns, parts, ahead, added in _pieces([q, k, v], segment_ids, window, causal):
         o, scores = aten._scaled_dot_product_flash_attention_for_cpu(*parts, 0.0, ahead, attn_mask=added)
-        out[rows, columns] = o.transpose(1, 2)
-        lse[rows, :, columns] = scores
-    return out, lse
+        if o.numel() == q.numel():  # all at once
+            out, lse = o.transpose(1, 2), scores
+        else:
+            out, lse = (q.new_empty(q.shape), _new_lse(q)) if out is None else (out, lse)
+            out[rows, columns] = o.transpose(1, 2)
+            lse[rows, :, columns] = scores
+    return out.to(like.dtype).contiguous(), lse.contiguous()
+
+
+def _repeated(t: Tensor, n: int) -> Tensor:
+    """Each key or value head n times: [B, S, K, D] -> [B, S, K * n, D]."""
+    return t if n == 1 else t[:, :, :, None].expand(-1, -1, -1, n, -1).flatten(2, 3)
 
 
 @_by_document.register_fake
@@ -176,17 +185,21 @@ def _by_document_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     like, (grad, q, k, v, out) = (q, k, v), _wide(grad, q, k, v, out)
     groups = q.shape[2] // k.shape[2]
-    k, v = (t.repeat_interleave(groups, 2) if groups > 1 else t for t in (k, v))
-    grads = [torch.empty(q.shape, dtype=q.dtype) for _ in range(3)]
+    k, v = _repeated(k, groups), _repeated(v, groups)
+    grads: list[Tensor] = []
     for rows, columns, (g, *parts, o), ahead, added in _pieces([grad, q, k, v, out], segment_ids, window, causal):
         found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             g, *parts, o, lse[rows, :, columns], 0.0, ahead, attn_mask=added
         )
-        for whole, part in zip(grads, found):
-            whole[rows, columns] = part.transpose(1, 2)
+        if g.numel() == grad.numel():  # all at once
+            grads = [part.transpose(1, 2) for part in found]
+        else:
+            grads = grads or [q.new_empty(q.shape) for _ in range(3)]
+            for whole, part in zip(grads, found):
+                whole[rows, columns] = part.transpose(1, 2)
     if groups > 1:
         grads[1:] = [t.unflatten(2, (-1, groups)).sum(3) for t in grads[1:]]
-    return tuple(g.to(t.dtype) for g, t in zip(grads, like))
+    return tuple(g.to(t.dtype).contiguous() for g, t in zip(grads, like))
 
 
 @_by_document_backward.register_fake
