@@ -119,7 +119,7 @@ def run(args: argparse.Namespace, row: Row, name: str, peer: Peer, number: int, 
             process.wait()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
-            status = f"took more than {args.timeout:.0f} s"
+            status = f"took more than {args.timeout:g} s"
     result["wall"] = time.perf_counter() - began
     found = [folder / f"rank-{rank}.json" for rank in range(ranks)]
     if status or not all(path.exists() for path in found):
