@@ -77,11 +77,11 @@ ROW = "dense-h256-l4-s256-fp32-fsdp2"
 def a_run(peer, number, seconds, losses=(8.0, 7.0, 6.0), **more):
     # The first step, which is not timed, is slow.
     run = {"row": ROW, "peer": peer, "round": number, "log": f"{peer}/log.txt", "losses": list(losses)}
-    return run | {"seconds": [9.0, seconds, seconds], "norms": [1.0] * 3, "memory": [10**9, 2 * 10**9], "wall": 1.0} | more
+    return run | {"seconds": [9.0, seconds, seconds], "norms": [1.0] * 3, "memory": [10**9, 2 * 10**9]} | more
 
 
 def failed(peer, number):
-    return {"row": ROW, "peer": peer, "round": number, "log": f"{peer}/log.txt", "error": "RuntimeError: no [gloo]", "wall": 1.0}
+    return {"row": ROW, "peer": peer, "round": number, "log": f"{peer}/log.txt", "error": "RuntimeError: no [gloo]"}
 
 
 def results(*runs):
@@ -151,7 +151,8 @@ def test_the_report_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report.py", str(path)])
     report.main()
     summary = json.loads((tmp_path / "results-summary.json").read_text())
-    assert [line["peer"] for line in summary] == ["ftrain", "titan", "veomni"]
+    assert [line["peer"] for line in summary["lines"]] == ["ftrain", "titan", "veomni"]
+    assert summary["floors"][ROW]["total"] == pytest.approx(limits.floor(LIMITS).total)
     assert (tmp_path / "results.png").stat().st_size > 0
 
 
@@ -196,7 +197,11 @@ def test_the_line_that_says_what_went_wrong(log, said):
     assert bench.last_error(log) == said
 
 
-RUNNER = "import shared\nwork = shared.read()\nshared.write(work, shared.train(work, lambda ids: (float(ids.sum()), 1.0)))"
+RUNNER = """
+import shared
+work = shared.read()
+shared.write(work, shared.train(work, lambda ids: (float(ids.sum()), 1.0)))
+"""
 
 
 @pytest.fixture

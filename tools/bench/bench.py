@@ -32,7 +32,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--warmup", type=int, default=5, help="steps at its start that are not timed")
     parser.add_argument("--threads", type=int, default=2, help="of a run's ranks together, on as many CPUs")
     parser.add_argument("--timeout", type=float, default=900, help="seconds after which a run has failed")
-    parser.add_argument("--keep-cache", action="store_true", help="use what earlier runs compiled: no first step is cold")
+    parser.add_argument("--keep-cache", action="store_true", help="use what earlier runs compiled")
     parser.add_argument("--no-limits", action="store_true", help="do not measure what the machine can do")
     return parser
 

@@ -1,8 +1,8 @@
 """ftrain's step against what the machine can do: python tools/bench/limits.py --work FOLDER [--rows ...].
 
 The floors are of one step, in seconds:
-    compute         model FLOPs (causal attention at half, recomputation not counted) at the rate that matrix products of
-                    the model's own shapes have, all ranks at once
+    compute         model FLOPs (causal attention at half, recomputation not counted) at the rate that matrix
+                    products of the model's own shapes have, all ranks at once
     memory          AdamW reads weight, gradient and both moments and writes all but the gradient, fp32, of a rank's own
                     share; a rank reads whole weights (of experts, its own) forward and backward, and writes their
                     gradients. Activations are not counted: a floor, not an estimate
@@ -19,7 +19,7 @@ OPTIMIZER_BYTES = 7 * 4  # of an element: p, g, m, v read; p, m, v written
 
 
 class Floor(NamedTuple):
-    """matmul: FLOP/s of all ranks together; memory_rate: bytes/s of all ranks together. The rest are seconds of a step."""
+    """matmul: FLOP/s, memory_rate: bytes/s, both of all ranks together; flops: of a step; the rest: its seconds."""
 
     flops: float
     matmul: float

@@ -120,8 +120,9 @@ def table(lines: Sequence[Line], found: Mapping[str, tuple[Floor, dict[str, floa
     """The comparison. Where the losses say that the work was another, the row is marked."""
     out = Table(title="Train steps", caption=(
         "ftrain is faster: ftrain's tokens/s over the peer's, each round's own (median, least, most). GB: largest peak "
-        "resident memory of a rank. First step: in the first round, and in later ones. Difference: largest of a step's "
-        f"loss from ftrain's, relative; other work (!) above {TOLERANCE['fp32']:g} in fp32, {TOLERANCE['bf16']:g} in bf16."
+        "resident memory of a rank. First step: in the first round / in later ones. Difference: largest of a "
+        "step's loss from ftrain's, relative; other work (!) above "
+        f"{TOLERANCE['fp32']:g} in fp32, {TOLERANCE['bf16']:g} in bf16."
     ))  # fmt: skip
     for name in ("row", "peer"):
         out.add_column(name, overflow="fold")
@@ -152,21 +153,22 @@ def limits_table(
 ) -> Table:  # fmt: skip
     """ftrain's step against the floors of `limits.py`. More phases of a step belong here, as columns."""
     out = Table(title="ftrain's step against the machine", caption=(
-        "GFLOP/s, GB/s: measured, all ranks together; the collectives' a rank, at the mean size of a step. Floors: ms a step "
-        "(limits.py says what they count). MFU: model FLOPs over what the measured products do in a step's time."
+        "GFLOP/s, GB/s: measured, all ranks together; the collectives' a rank, at the mean size of a step. Floors: ms "
+        "a step (limits.py says what they count). MFU: model FLOPs over what the measured products do in a step's time."
     ))  # fmt: skip
     out.add_column("row", overflow="fold")
-    for name in ("GFLOP/s", "memory GB/s", "collectives GB/s", "compute", "memory", "communication", "step", "floor/step", "MFU"):
+    rates = "GFLOP/s", "memory GB/s", "collectives GB/s"
+    for name in (*rates, "compute", "memory", "communication", "step", "floor/step", "MFU"):
         out.add_column(name, justify="right")
     for line in lines:
         if line.peer != BASE or line.row not in found or line.rate is None:
             continue
         least, rates = found[line.row]
         step = tokens / line.rate
-        carried = "\n".join(f"{kind} {rate / 1e9:.2f}" for kind, rate in rates.items())
+        carried = "\n".join(f"{kind} {rate / 1e9:.2g}" for kind, rate in rates.items())
+        ms = (f"{seconds * 1e3:.0f}" for seconds in (least.compute, least.memory, least.communication, step))
         out.add_row(
-            line.row, f"{least.matmul / 1e9:.0f}", f"{least.memory_rate / 1e9:.1f}", carried, f"{least.compute * 1e3:.0f}",
-            f"{least.memory * 1e3:.0f}", f"{least.communication * 1e3:.0f}", f"{step * 1e3:.0f}",
+            line.row, f"{least.matmul / 1e9:.0f}", f"{least.memory_rate / 1e9:.1f}", carried, *ms,
             f"{least.total / step:.0%}", f"{least.mfu(step):.1%}",
         )  # fmt: skip
     return out
@@ -215,7 +217,10 @@ def main() -> None:
             console.print(f"{run['row']}: limits failed: {escape(run['error'])} ({run['log']})")
     if found:
         console.print(limits_table(lines, found, tokens))
-    summary = [line._asdict() | {"floor": found[line.row][0]._asdict() if line.row in found else None} for line in lines]
+    summary = {
+        "lines": [line._asdict() for line in lines],
+        "floors": {row: of_row._asdict() | {"total": of_row.total} for row, (of_row, _) in found.items()},
+    }
     path.with_name(path.stem + "-summary.json").write_text(json.dumps(summary, indent=1))
     plot(lines, path.with_suffix(".png"))
     console.print(f"{path}, -summary.json and .png beside it", highlight=False)

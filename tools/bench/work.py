@@ -38,7 +38,8 @@ def matrix() -> list[Row]:
 
 
 DEFAULT = (
-    "dense-h256-l4-s256-*-one", "dense-h256-l4-s256-*-fsdp2", "moe-h256-l4-s256-fp32-ep2", "moe-h256-l4-s256-fp32-sp2ep2",
+    "dense-h256-l4-s256-*-one", "dense-h256-l4-s256-*-fsdp2",
+    "moe-h256-l4-s256-fp32-ep2", "moe-h256-l4-s256-fp32-sp2ep2",
 )  # fmt: skip
 
 
@@ -58,7 +59,7 @@ def find_rows(patterns: list[str]) -> list[Row]:
 
 
 def config(row: Row) -> dict:
-    """The row's Hugging Face config. No pad token: transformers would zero its embedding's row, and others would not."""
+    """The row's Hugging Face config. No pad token: transformers alone would zero its embedding's row."""
     dense = {
         "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": VOCAB, "hidden_size": row.hidden,
         "intermediate_size": 3 * row.hidden, "num_hidden_layers": row.layers, "num_attention_heads": 8,

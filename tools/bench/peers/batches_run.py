@@ -1,7 +1,7 @@
 """Write the batches that all train on: batches_run.py FILE.npy VOCAB STEPS B S -> int64 [STEPS, B, S].
 
-Each row counts upwards from a random token, by a random stride of 1 to 7, modulo the vocabulary, and one token of twenty
-is a random one: something a small model begins to learn in a few steps, and does not learn wholly.
+Each row counts upwards from a random token, by a random stride of 1 to 7, modulo the vocabulary, and one token of
+twenty is a random one: something a small model begins to learn in a few steps, and does not learn wholly.
 """
 
 import sys

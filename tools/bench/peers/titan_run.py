@@ -84,7 +84,8 @@ def trainer(work: shared.Work) -> Trainer:
     precision = "bfloat16" if work.dtype == "bf16" else "float32"
     return Trainer.Config(
         model_spec=model_spec(work.config), dump_folder=work.out, tokenizer=NoTokenizer.Config(),
-        dataloader=Batches.Config(path=work.batches), loss=CrossEntropyLoss.Config(global_vocab_size=work.config["vocab_size"]),
+        dataloader=Batches.Config(path=work.batches),
+        loss=CrossEntropyLoss.Config(global_vocab_size=work.config["vocab_size"]),
         optimizer=default_adamw(lr=work.lr, betas=(work.beta1, work.beta2), eps=work.eps, weight_decay=0.0),
         lr_scheduler=LRSchedulersContainer.Config(warmup_steps=0, decay_ratio=0.0),
         training=TrainingConfig(

@@ -1,5 +1,5 @@
-"""transformers' model in a plain PyTorch loop: one process, or FSDP2 (`fully_shard` of each layer), each layer compiled or
-not. In bf16 one process has autocast, and FSDP2 its MixedPrecisionPolicy."""
+"""transformers' model in a plain PyTorch loop: one process, or FSDP2 (`fully_shard` of each layer), each layer
+compiled or not. In bf16 one process has autocast, and FSDP2 its MixedPrecisionPolicy."""
 
 from contextlib import nullcontext
 

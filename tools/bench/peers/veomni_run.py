@@ -37,12 +37,13 @@ def build(work: shared.Work) -> torch.nn.Module:
         moe_implementation="fused_cpu" if work.ep > 1 else "eager",
         **{f"{op}_implementation": "eager" for op in EAGER},
     )
+    weights = {"weights_path": work.model, "init_device": "meta"}
     model = build_foundation_model(
-        config_path=work.model, weights_path=work.model, torch_dtype="float32", init_device="meta", ops_implementation=ops
-    )
+        config_path=work.model, torch_dtype="float32", ops_implementation=ops, **weights
+    )  # fmt: skip
     return build_parallelize_model(
-        model, init_device="meta", weights_path=work.model, mixed_precision=MixedPrecisionConfig(enable=work.dtype == "bf16"),
-        enable_gradient_checkpointing=False, basic_modules=list(model._no_split_modules), enable_forward_prefetch=False,
+        model, mixed_precision=MixedPrecisionConfig(enable=work.dtype == "bf16"), enable_gradient_checkpointing=False,
+        basic_modules=list(model._no_split_modules), enable_forward_prefetch=False, **weights,
     ).train()  # fmt: skip
 
 
@@ -62,8 +63,9 @@ def main() -> None:
     dist.init_process_group("gloo")
     model = build(work)
     optimizer = build_optimizer(
-        model, optimizer_type="adamw", lr=work.lr, betas=(work.beta1, work.beta2), eps=work.eps, weight_decay=0.0, fused=True
-    )
+        model, optimizer_type="adamw", fused=True,
+        lr=work.lr, betas=(work.beta1, work.beta2), eps=work.eps, weight_decay=0.0,
+    )  # fmt: skip
 
     def step(ids) -> tuple[float, float]:
         loss = model(**inputs(work, ids), use_cache=False).loss
