@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,17 @@ def last_error(log: str) -> str:
     return (named or lines or ["no output"])[-1]
 
 
+def end(process: subprocess.Popen) -> None:
+    """End a run. torchrun is asked first: its ranks have sessions of their own, and only it knows them."""
+    for sent, patience in ((signal.SIGTERM, 40), (signal.SIGKILL, None)):
+        os.killpg(process.pid, sent)
+        try:
+            process.wait(patience)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
 def run(args: argparse.Namespace, row: Row, name: str, peer: Peer, number: int, places: dict[str, str]) -> dict:
     """Run a peer once -> what rank 0 saw, `memory` of each rank, `wall` seconds of the whole; or `error`."""
     folder = args.work / "runs" / row.name / f"{name}-{number}"
@@ -115,8 +127,7 @@ def run(args: argparse.Namespace, row: Row, name: str, peer: Peer, number: int, 
         try:
             status = process.wait(args.timeout)
         except BaseException as error:  # Ctrl-C too: no run may stay behind
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end(process)
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
             status = f"took more than {args.timeout:g} s"
@@ -149,6 +160,7 @@ def all_runs(args: argparse.Namespace) -> Path:
                 said = done.get("error") or f"{done['wall']:.0f} s"
                 print(f"{row.name}  round {number + 1}  {name}: {said}", flush=True)
                 file.write_text(json.dumps({"setting": setting, "runs": runs}, indent=1))
+        shutil.rmtree(args.work / "cache" / args.stamp, ignore_errors=True)
     return file
 
 
