@@ -190,7 +190,9 @@ def test_the_floor_is_shown_beside_the_step():
 
 @pytest.mark.parametrize("log, said", [
     ("Traceback\nRuntimeError: of rank 1\n\nroot cause\nChildFailedError: \n====\n", "RuntimeError: of rank 1"),
-    ("one\n  killed  \n\n", "killed"),
+    ("terminate called\n  what():  [enforce fail]\nx ChildFailedError: \n", "what():  [enforce fail]"),
+    ("Signal 9 (SIGKILL) received\nSignal 15 (SIGTERM) received\n", "Signal 9 (SIGKILL) received"),
+    ("one\n  killed  \n====\n", "killed"),
     ("", "no output"),
 ])  # fmt: skip
 def test_the_line_that_says_what_went_wrong(log, said):

@@ -82,10 +82,12 @@ def prepare(args: argparse.Namespace, row: Row) -> dict[str, str]:
 
 
 def last_error(log: str) -> str:
-    """The line of a log that says what went wrong: the last that names an exception, else the last."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    named = [line for line in lines if re.search(r"(Error|Exception)\b\s*:", line) and "ChildFailedError" not in line]
-    return (named or lines or ["no output"])[-1]
+    """The line of a log that says what went wrong: the last of Python's, of C++'s, of a signal, or at all."""
+    lines = [line.strip() for line in log.splitlines() if re.search(r"\w", line)]
+    for kind in (r"(?<!ChildFailed)(Error|Exception)\s*:", r"what\(\):", r"Signal \d+ \(SIG(?!TERM)", ""):
+        if found := [line for line in lines if re.search(kind, line)]:
+            return found[-1]
+    return "no output"
 
 
 def end(process: subprocess.Popen) -> None:

@@ -57,10 +57,10 @@ def model_spec(hf: dict) -> ModelSpec:
             dim=head_dim, max_seq_len=hf["max_position_embeddings"], theta=hf["rope_parameters"]["rope_theta"]
         ),
     )  # fmt: skip
-    if "num_experts" in hf:
+    if hf["model_type"] == "qwen3_moe":
         layers = qwen3._build_qwen3_moe_layers(
-            moe_hidden_dim=hf["moe_intermediate_size"], num_experts=hf["num_experts"], top_k=hf["num_experts_per_tok"],
-            moe_comm_backend="standard", **common,
+            moe_hidden_dim=hf["moe_intermediate_size"], top_k=hf["num_experts_per_tok"],
+            num_experts=hf["num_local_experts"], moe_comm_backend="standard", **common,
         )  # fmt: skip
         for layer in layers:
             layer.moe.load_balance_coeff = None
