@@ -174,6 +174,7 @@ def cpu_name() -> str:
 
 def main() -> None:
     args = parse(arguments())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run in progress is ended too
     args.work.mkdir(parents=True, exist_ok=True)
     file = all_runs(args)
     report = environment("ftrain", args.work, args.envs)
