@@ -1,0 +1,48 @@
+"""ftrain: its job, plan and compiled step, put together as a training run does it."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import shared
+import torch
+
+from ftrain.job import make_job
+from ftrain.launch import finish, init
+from ftrain.mesh import Mesh
+from ftrain.model import find_model
+from ftrain.ops import fill_batch
+from ftrain.optim import AdamW, Schedule
+from ftrain.plan import find_plan
+from ftrain.pretrained import init_from
+from ftrain.step import Recipe, make_train_step
+
+
+def make_step(work: shared.Work, mode: str = "inductor"):
+    """-> (the job, step(ids [B, S]) -> (loss, norm)). Needs an initialised process group."""
+    model = find_model(work.model)
+    job = make_job(model, find_plan("fsdp_sp_ep"), Mesh(work.fsdp, work.sp, work.ep), precision=work.dtype)
+    state = init_from(work.model, model, job.placements, job.device_mesh)
+    adam = AdamW(work.lr, work.beta1, work.beta2, work.eps, weight_decay=0.0, clip=work.clip)
+    recipe = Recipe(adam, Schedule(work.steps, "constant"))
+    train_step = make_train_step(model, job.sharding, job.ops, recipe, mode)
+
+    def step(ids) -> tuple[float, float]:
+        nonlocal state
+        batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(shared.next_tokens(ids))}
+        state, metrics = train_step(state, job.microbatches(fill_batch(batch)))
+        return float(metrics["loss"]), float(metrics["grad_norm"])
+
+    return job, step
+
+
+def main() -> None:
+    work = shared.read()
+    init()
+    _, step = make_step(work, "inductor" if work.compile else "off")
+    shared.write(work, shared.train(work, step))
+    finish()
+
+
+if __name__ == "__main__":
+    main()
