@@ -88,9 +88,9 @@ def read(moment: Moment) -> Tensor:
 
 
 def write_(moment: Moment, values: Tensor) -> None:
-    """Keep the fp32 `values` of a piece, each rounded to the nearest that can be kept."""
+    """Keep the `values` of a piece, each rounded to the nearest that can be kept."""
     if isinstance(moment, Coded):
-        codes, scales = encode(values.reshape(-1), moment.dtype, 1 << _CUT - 1)
+        codes, scales = encode(values.reshape(-1).float(), moment.dtype, 1 << _CUT - 1)
         moment.codes.copy_(codes.view(moment.shape))
         moment.scales[: len(scales)] = scales
     else:

@@ -180,7 +180,8 @@ def test_an_update_is_read_adamw_rounded(monkeypatch, all_small, kind, decay, cl
         before = {n: [t.double().flatten() for t in (params[n], read(mu[n]), read(nu[n]))] for n in shapes}
         given = {name: g.double().flatten() for name, g in grads.items()}
         norm = torch.stack([g.square().sum() for g in given.values()]).sum().sqrt()
-        update_(adam, torch.tensor(adam.lr), specs, params, grads, mu, nu, torch.tensor(step), norm.float(), torch.tensor(True))
+        now = torch.tensor(step), norm.float(), torch.tensor(True)
+        update_(adam, torch.tensor(adam.lr), specs, params, grads, mu, nu, *now)
         for name, (p, m, v) in before.items():
             g = given[name] / max(1.0, (float(norm) + 1e-6) / clip)
             m, v, lr = adam.beta1 * m + (1 - adam.beta1) * g, adam.beta2 * v + (1 - adam.beta2) * g * g, adam.lr * 0.5
@@ -189,7 +190,8 @@ def test_an_update_is_read_adamw_rounded(monkeypatch, all_small, kind, decay, cl
             p = p - lr * (m / (1 - adam.beta1**at)) / ((v / (1 - adam.beta2**at)).sqrt() + adam.eps)
             torch.testing.assert_close(params[name].flatten().double(), p, rtol=1e-5, atol=1e-6)
             for moment, value, dtype, seed in ((mu[name], m, of_both[0], 0), (nu[name], v, of_both[1], 1 << 31)):
-                expected, close = reference_round(value, dtype, [reference_noise(i, at, seed) for i in range(len(value))])
+                draws = [reference_noise(i, at, seed) for i in range(len(value))]
+                expected, close = reference_round(value, dtype, draws)
                 assert close.float().mean() < 0.01 or not len(close)
                 torch.testing.assert_close(
                     read(moment).flatten().double()[~close], expected[~close], rtol=1e-5, atol=1e-30
@@ -199,9 +201,10 @@ def test_an_update_is_read_adamw_rounded(monkeypatch, all_small, kind, decay, cl
 @pytest.mark.parametrize("kind", LESS)
 @pytest.mark.parametrize("nearest", [False, True])
 def test_moments_fade_as_they_should(monkeypatch, all_small, kind, nearest):
-    """A gradient that was large once and is small from then on. Rounded to the nearest, its square is never forgotten."""
+    """A gradient that was large once and is small from then on: rounded to the nearest, its square is not forgotten."""
     if nearest:
-        monkeypatch.setattr(optim, "noise", lambda start, end, *_: torch.full((end - start,), 1 << 19, dtype=torch.int32))
+        half = lambda start, end, *_: torch.full((end - start,), 1 << 19, dtype=torch.int32)  # noqa: E731
+        monkeypatch.setattr(optim, "noise", half)
     torch.manual_seed(0)
     adam, n, steps = AdamW(beta2=0.999), 4 * BLOCK, 1000
     params, specs = {"w": torch.zeros(n)}, {"w": ParamSpec((n,), ones)}
@@ -210,7 +213,8 @@ def test_moments_fade_as_they_should(monkeypatch, all_small, kind, nearest):
     for step in range(steps + 1):
         # The first of each block stays large, and with it the block's scale.
         grad = {"w": torch.where((torch.arange(n) % BLOCK == 0) | (step == 0), 1 + large, 0.1 * large)}
-        update_(adam, torch.tensor(0.0), specs, params, grad, mu, nu, torch.tensor(step), torch.tensor(0.5), torch.tensor(True))
+        now = torch.tensor(step), torch.tensor(0.5), torch.tensor(True)
+        update_(adam, torch.tensor(0.0), specs, params, grad, mu, nu, *now)
     fading = torch.arange(n) % BLOCK != 0
     left = 0.001 * 0.999**steps * (1 + large) ** 2 + (1 - 0.999**steps) * (0.1 * large) ** 2
     error = (read(nu["w"]) / left - 1).abs()[fading]
@@ -259,7 +263,7 @@ def test_bytes_of_the_state():
                 return [sum(size(of[name].to_local()) for of in (state.mu, state.nu)) for name in specs]
 
             found = torch.tensor(run_ranks(world, bytes_of)).sum(0).tolist()
-            assert found == [large * 2**20, 8 * 1024] or mesh.size == 1 and found == [large * 2**20, 8 * 1024]
+            assert found == [large * 2**20, 8 * 1024]
 
 
 def test_an_unknown_choice_is_refused(capsys):
@@ -271,9 +275,12 @@ def test_an_unknown_choice_is_refused(capsys):
 
 
 @pytest.mark.parametrize("kind", LESS)
-@pytest.mark.parametrize("plan, mesh, replica", [("fsdp_sp_ep", Mesh(2, 1, 2), 1), ("fsdp", Mesh(3, 1, 1), 1), ("fsdp_ep", Mesh(1, 1, 2), 2)])
+@pytest.mark.parametrize(
+    "plan, mesh, replica",
+    [("fsdp_sp_ep", Mesh(2, 1, 2), 1), ("fsdp", Mesh(3, 1, 1), 1), ("fsdp_ep", Mesh(1, 1, 2), 2)],
+)
 def test_on_a_mesh_moments_lie_with_their_parameters_and_copies_agree(all_small, kind, plan, mesh, replica):
-    """Uneven and empty shards. All that is random is the place and the step: after two steps no copy has another bit."""
+    """Uneven and empty shards. Rounding is of the place and the step alone: no copy has another bit."""
     data = [random_batch(61, 5, 11, seed) for seed in range(2)]
     found = run_mesh(MODEL, find_plan(plan), mesh, data, replica=replica, kept=kind)
     expected = run_plain(MODEL, data)
@@ -345,8 +352,7 @@ def test_what_is_not_finite_changes_no_bit(one_rank, all_small, kind):
     state, metrics = step(state, job.microbatches(random_batch(61, 4, 10, 2)))
     assert not metrics["finite"]
     after = contents(state)
-    assert all(torch.equal(t.nan_to_num(7.0) if t.is_floating_point() else t,
-                           after[k].nan_to_num(7.0) if t.is_floating_point() else after[k]) for k, t in before.items())  # fmt: skip
+    assert all(torch.equal(t.nan_to_num(7.0), after[key].nan_to_num(7.0)) for key, t in before.items())
     weight[0, 0] = good
     _, metrics = step(state, job.microbatches(random_batch(61, 4, 10, 2)))
     assert metrics["finite"] and not all(torch.equal(t, contents(state)[k]) for k, t in before.items())
@@ -381,8 +387,8 @@ def test_from_any_mesh_and_choice_to_any_other(tmp_path, all_small, kind):
     """fp32 on two ranks, then `kind` on three, on four, and fp32 again: each within a rounding of what was saved."""
     ways = [("fp32", "fsdp", Mesh(2, 1, 1)), (kind, "fsdp", Mesh(3, 1, 1)), (kind, "fsdp_sp_ep", Mesh(2, 1, 2)),
             ("fp32", "ddp", Mesh())]  # fmt: skip
-    half = 2**-8 if kind == "bf16" else 2**-4
-    saved, saved_as = None, None
+    step_of_code = 2**-8 if kind == "bf16" else 2**-3
+    saved = None
     for number, (here, plan, mesh) in enumerate(ways):
 
         def rank_main(rank, here=here, plan=plan, mesh=mesh, number=number, saved=saved):
@@ -396,12 +402,95 @@ def test_from_any_mesh_and_choice_to_any_other(tmp_path, all_small, kind):
             return path, {(k, n): whole(t) for k in ("params", "mu", "nu") for n, t in getattr(state, k).items()}
 
         found = run_ranks(mesh.size, rank_main)[0]
-        if saved is not None:
-            for (of, name), was in saved[1].items():
-                error = (found[1][of, name] - was).abs()
-                exact = of == "params" or here == "fp32" or here == saved_as == "bf16"
-                assert torch.equal(found[1][of, name], was) if exact else (
-                    (error <= half * 1.001 * was.abs() + 2e-5 * was.abs().max()).all()
-                ), (number, of, name)  # fmt: skip
-                assert torch.equal(run_plain_copy := found[1][of, name], run_plain_copy)
-        saved, saved_as = found, here
+        for (of, name), was in saved[1].items() if saved else ():
+            error = (found[1][of, name] - was).abs()
+            exact = of == "params" or here == "fp32" or kind == "bf16" and number > 1
+            allowed = 0 if exact else step_of_code / 2 * 1.001 * was.abs() + 2e-5 * was.abs().max()
+            assert (error <= allowed).all(), (number, of, name)
+        saved = found
+
+
+# --- Whole runs
+
+DENSE = {
+    "model_type": "qwen3", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def heldout_loss(data, kind, steps=100):
+    """Before and after so many steps."""
+    model = find_model(DENSE)
+    job = make_job(model, find_plan("ddp"), Mesh())
+    state = init_state(model.specs, job.placements, job.device_mesh, 0, kind)
+    recipe = Recipe(AdamW(lr=5e-3), Schedule(steps, warmup=10))
+    step = make_train_step(model, job.sharding, job.ops, recipe, "off")
+    evaluate = make_eval_step(model, job.sharding, job.ops, "off")
+
+    def loss():
+        found = [evaluate(state, job.microbatches(batch)[0]) for batch in heldout_batches(data.heldout, 8, 16)]
+        return float(sum(f["loss_sum"] for f in found) / sum(f["loss_targets"] for f in found))
+
+    before = loss()
+    for i in range(steps):
+        state, _ = step(state, job.microbatches(batch_at(data.train, 8 * i, 8, 0)))
+    return before, loss()
+
+
+@pytest.mark.slow
+def test_training_is_as_good(one_rank, tmp_path, monkeypatch):
+    """Within 2% of the held-out loss of fp32 (seeds differ by 3%). Codes that are evenly spaced, as coarse but without
+    small numbers, are not: what shows that a fault of that kind would be seen."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    data = prepare(str(runs.write_text(tmp_path / "text.jsonl", 60)), None, 512, 32)
+    before, exact = heldout_loss(data, "fp32")
+    found = {kind: heldout_loss(data, kind)[1] for kind in LESS}
+    assert exact < 0.8 * before
+    assert all(abs(loss / exact - 1) < 0.02 for loss in found.values())
+
+    def evenly(values, dtype, noise):
+        most = 255 if dtype is torch.uint8 else 127
+        scales = moments._in_blocks(values.abs()).amax(1)
+        parts = values.abs() / scales.clamp(min=1e-38).repeat_interleave(BLOCK)[: len(values)]
+        codes = (parts * most + noise / 2**20).floor() * values.sign()
+        return Coded(codes.to(dtype), scales)
+
+    def read_evenly(moment):
+        most = 255 if moment.dtype is torch.uint8 else 127
+        return moment.codes.float() / most * moment.scales.repeat_interleave(BLOCK)[: moment.codes.numel()]
+
+    monkeypatch.setattr(optim, "rounded", evenly)
+    monkeypatch.setattr(optim, "read", read_evenly)
+    found["evenly"] = heldout_loss(data, "8bit")[1]
+    print(found)
+    assert not abs(found["evenly"] / exact - 1) < 0.02
+
+
+@pytest.mark.slow
+def test_the_command_line_says_what_is_kept_and_when_it_changes(tmp_path, monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "FTRAIN_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(launch, "accelerator", lambda: None)
+    flags = {
+        "model": runs.write_model(tmp_path / "tiny"), "data": runs.write_text(tmp_path / "text.jsonl", 10),
+        "out": tmp_path / "out", "nproc": 1, "compile": "off", "seq_len": 32, "batch_size": 4, "eval_batches": 1,
+        "schedule": "constant",
+    }  # fmt: skip
+
+    def run(**more):
+        assert cli.main(runs.command(**flags | more)[3:]) == 0
+        return capsys.readouterr().out
+
+    assert "optimizer state" not in run(steps=2, out=tmp_path / "other")
+    said = run(steps=2, optimizer_state="8bit")
+    assert "optimizer state  8bit, " in said and " KiB per rank" in said
+    said = run(steps=4, optimizer_state="8bit")
+    assert "was kept in" not in said and "step 4/4" in said
+    run(steps=4, optimizer_state="8bit", out=tmp_path / "straight")  # stopped and gone on, it is the run that was not
+    one, straight = (runs.tensors(tmp_path / out / "checkpoints" / "step-4") for out in ("out", "straight"))
+    assert one.keys() == straight.keys() and all(torch.equal(t, straight[name]) for name, t in one.items())
+    said = run(steps=5, optimizer_state="bf16")
+    assert "the optimizer state was kept in 8bit, and is in bf16 from here on" in said and "step 5/5" in said
+    said = run(steps=6)
+    assert "the optimizer state was kept in bf16, and is in fp32 from here on" in said and "step 6/6" in said
