@@ -322,12 +322,15 @@ def test_compiled_steps_are_the_same(one_rank, all_small, kind, mode):
         other, expected = plain(other, batch)
         torch.testing.assert_close(metrics["loss"], expected["loss"], rtol=1e-5, atol=0)
     assert [t.data_ptr() for t in contents_of(state)] == storage  # updated in place
+    close = []
     for of, of_plain in ((state.mu, other.mu), (state.nu, other.nu)):
-        found, wanted = (torch.cat([whole(t).flatten() for t in ts.values()]) for ts in (of, of_plain))
-        # Where a remainder and its noise make almost 1, another last bit rounds the other way: a step of the codes.
-        assert (found == wanted).float().mean() > 0.9
-        differs = (found - wanted).abs() > (2**-7 if kind == "bf16" else 2**-3) * wanted.abs() * 1.01
-        assert differs.float().mean() < 1e-3
+        for name, t in of.items():
+            found, wanted = whole(t).flatten(), whole(of_plain[name]).flatten()
+            error, floor = (found - wanted).abs(), 1e-3 * wanted.abs().max()  # gradients that are but rounding
+            close.append(error <= 1e-4 * wanted.abs() + 1e-3 * floor)
+            # Where a remainder and its noise make almost 1, another last bit rounds the other way: a step of the codes.
+            assert (error <= (2**-7 if kind == "bf16" else 2**-3) * wanted.abs() * 1.01 + floor).all(), name
+    assert torch.cat(close).float().mean() > 0.95
     for name, p in state.params.items():
         torch.testing.assert_close(whole(p), whole(other.params[name]), rtol=1e-3, atol=1e-3)
 
@@ -387,7 +390,7 @@ def test_from_any_mesh_and_choice_to_any_other(tmp_path, all_small, kind):
     """fp32 on two ranks, then `kind` on three, on four, and fp32 again: each within a rounding of what was saved."""
     ways = [("fp32", "fsdp", Mesh(2, 1, 1)), (kind, "fsdp", Mesh(3, 1, 1)), (kind, "fsdp_sp_ep", Mesh(2, 1, 2)),
             ("fp32", "ddp", Mesh())]  # fmt: skip
-    step_of_code = 2**-8 if kind == "bf16" else 2**-3
+    step_of_code = 2**-7 if kind == "bf16" else 2**-3
     saved = None
     for number, (here, plan, mesh) in enumerate(ways):
 
