@@ -6,8 +6,8 @@
         train_state/train_state.json    step, data position, random state and what the caller adds
         train_state/manifest.json       size and crc32 of every file that `restore` reads
 
-Files hold whole tensors, in fp32, so that any mesh reads what any other wrote: each rank reads its
-slices. A directory is written under another name and renamed when it is whole and on disk.
+Files hold whole tensors, in fp32, so that any mesh reads what any other wrote, however it kept its moments: each
+rank reads its slices. A directory is written under another name and renamed when it is whole and on disk.
 """
 
 import os
@@ -33,6 +33,7 @@ from .disk import (
 )  # fmt: skip
 from .layout import Placements
 from .model import Model
+from .moments import write_
 from .pretrained import FILE_BYTES, hf_config
 from .safetensors_io import Layout, make_header, make_index, read_values, stem_for, write_file
 from .specs import ParamSpec, Specs, stored, to_stored, trainable
@@ -231,10 +232,12 @@ def write_share(tmp: Path, state: State, files: list[File], rank: int) -> dict[s
 
 
 def restore(
-    directory: str | os.PathLike, specs: Specs, placements: Placements, mesh: DeviceMesh
+    directory: str | os.PathLike, specs: Specs, placements: Placements, mesh: DeviceMesh, kept: str = "fp32"
 ) -> tuple[State, dict[str, Any]]:
     """A checkpoint -> the state, bit by bit, on any mesh, and the meta that was saved with it.
 
+    kept: how its moments are to be, as of `make_state`. In less than fp32, they are rounded to the nearest: bit by bit
+    are then those that were kept so before, in 8 bits in the same pieces.
     The ranks check all files together, then each reads its slices. Every rank must call it.
     Raises on every rank: Corrupt naming a file that is not as it was written; ValueError
     naming tensors that are missing, extra or mis-shaped for `specs`.
@@ -251,10 +254,11 @@ def restore(
             for kind, of_kind in kinds(specs).items()
         }
         meta = read_json(directory / TRAIN_STATE / "train_state.json")
-        state = make_state(specs, placements, mesh, values["model"])
+        state = make_state(specs, placements, mesh, values["model"], kept)
         for kind, moments in (("mu", state.mu), ("nu", state.nu)):
             for name, spec in kinds(specs)[kind].items():
-                moments[name].to_local().copy_(values[kind](name, spec, own_slices(spec.shape, placements[name], mesh)))
+                piece = values[kind](name, spec, own_slices(spec.shape, placements[name], mesh))
+                write_(moments[name].to_local(), piece)
         state.step.fill_(meta["step"])
         return state, meta
 
@@ -262,12 +266,12 @@ def restore(
 
 
 def resume(
-    out: str | os.PathLike, specs: Specs, placements: Placements, mesh: DeviceMesh,
+    out: str | os.PathLike, specs: Specs, placements: Placements, mesh: DeviceMesh, kept: str = "fp32",
     warn: Callable[[str], None] = warnings.warn,
 ) -> tuple[State, dict[str, Any], Path]:  # fmt: skip
     """The newest whole checkpoint of a run directory: (state, meta, its directory); random states are set.
 
-    A corrupt one is skipped, with a warning on every rank, and the one before is tried.
+    kept: as of `restore`. A corrupt one is skipped, with a warning on every rank, and the one before is tried.
     Raises FileNotFoundError where there is none, Corrupt where none is whole; else as `restore`.
     """
     rank = _all_ranks(mesh).rank
@@ -277,7 +281,7 @@ def resume(
         raise FileNotFoundError(f"{out} holds no checkpoint (checkpoints/step-N)")
     for directory in found:
         try:
-            state, meta = restore(directory, specs, placements, mesh)
+            state, meta = restore(directory, specs, placements, mesh, kept)
         except Corrupt as error:
             if directory == found[-1]:
                 raise Corrupt(f"{error}; no whole checkpoint is left in {found[0].parent}") from error

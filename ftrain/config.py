@@ -101,7 +101,7 @@ class Compute:
     """How a step is computed."""
 
     precision: Flat[Precision | None] = None
-    """Of matrix products; weights and optimizer state stay in fp32. None: bf16 on GPU, fp32 on CPU."""
+    """Of matrix products; weights stay in fp32. None: bf16 on GPU, fp32 on CPU."""
     compile: Flat[Literal["inductor", "aot_eager", "off"]] = "inductor"
     """The compiler's backend for the train step; off runs it operation by operation."""
     remat: Flat[Literal["none", "selective", "full"]] = "none"
@@ -124,6 +124,8 @@ class Optimizer:
     """Decoupled decay of matrices; norms and biases have none."""
     clip: Flat[float] = 1.0
     """Largest global gradient norm; inf: no clipping."""
+    optimizer_state: Flat[Literal["fp32", "bf16", "8bit"]] = "fp32"
+    """How AdamW's two moments are kept between steps, which compute in fp32: 8, 4 or 2.03 bytes a parameter."""
     freeze: Flat[tuple[str, ...]] = ()
     """Parameters that stay as they are: their names, or how these begin, or patterns with * (model.visual *.bias)."""
     lr_factor: Annotated[tuple[str, ...], tyro.conf.arg(prefix_name=False, metavar="NAME=FACTOR")] = ()

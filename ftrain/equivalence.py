@@ -228,7 +228,7 @@ def run_mesh(
 
 def run_rank(
     model: Model, plan: Plan, mesh: Mesh, batches: Sequence[Batch], recipe: Recipe = RECIPE, *,
-    replica: int = 1, remat: str = "none", accumulate: int = 1, mode: str = "off",
+    replica: int = 1, remat: str = "none", accumulate: int = 1, mode: str = "off", kept: str = "fp32",
 ) -> Run:  # fmt: skip
     """One step on each batch. Needs an initialised process group; every rank must call it.
 
@@ -237,7 +237,7 @@ def run_rank(
     """
     job = make_job(model, plan, mesh, replica, remat=remat)
     state = make_state(
-        model.specs, job.placements, job.device_mesh, lambda name, spec, slices: values(name, spec)[slices]
+        model.specs, job.placements, job.device_mesh, lambda name, spec, slices: values(name, spec)[slices], kept
     )
     of_batch = make_gradients(model, job.sharding, job.ops, recipe, mode)(
         state, job.microbatches(batches[0])[0]

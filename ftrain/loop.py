@@ -217,7 +217,7 @@ def _save(cfg: TrainConfig, job: Job, state: State, data: Data, sequences: int) 
     """A checkpoint of the state, after so many sequences."""
     meta = {
         "sequences": sequences, "seq_len": cfg.seq_len, "seed": cfg.seed, "data": data.digest,
-        "model": cfg.model, "plan": cfg.plan, "mesh": dict(job.mesh._asdict()),
+        "optimizer_state": cfg.optimizer_state, "model": cfg.model, "plan": cfg.plan, "mesh": dict(job.mesh._asdict()),
     }  # fmt: skip
     checkpoint.save(cfg.out, state, job.model, meta, data.save, keep=cfg.keep)
 

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .moments import BLOCK, Coded, Moment, noise, read, rounded
 from .specs import Specs
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
+# Elements whose moments are in fp32 at a time, where they are kept in less: on a CPU as many as its cache holds, on an
+# accelerator as are worth the launches.
+CHUNK_CPU, CHUNK = 2**17, 2**22
 
 
 @dataclass(frozen=True)
@@ -86,21 +90,72 @@ def _(params, grads, mu, nu, decays, factors, step, lr, scale, skip, beta1, beta
     return None
 
 
+@torch.library.custom_op("ftrain::adamw_rounded_", mutates_args=("params", "mu", "nu", "mu_scales", "nu_scales"))
+def _adamw_rounded_(
+    params: list[Tensor], grads: list[Tensor], mu: list[Tensor], nu: list[Tensor],
+    mu_scales: list[Tensor], nu_scales: list[Tensor],
+    decays: list[bool], factors: list[float], step: Tensor, lr: Tensor, scale: Tensor, skip: Tensor,
+    beta1: float, beta2: float, weight_decay: float, eps: float,
+) -> None:  # fmt: skip
+    """`_adamw_` of moments in bf16 or, where there are scales, in 8 bits: in fp32 a chunk of a parameter at a time."""
+    for i, (param, grad) in enumerate(zip(params, grads)):
+        chunk = CHUNK_CPU if param.device.type == "cpu" else CHUNK
+        for start in range(0, param.numel(), chunk):
+            end = min(start + chunk, param.numel())
+            kept = [_chunk(mu[i], mu_scales[i : i + 1], start, end), _chunk(nu[i], nu_scales[i : i + 1], start, end)]
+            moments = [read(moment) for moment in kept]
+            # The gradient's copy is scaled, and not what may be another parameter's gradient too.
+            _adamw_(
+                [param.view(-1)[start:end]], [grad.reshape(-1)[start:end].clone()], moments[:1], moments[1:],
+                decays[i : i + 1], factors[i : i + 1], step, lr, scale, skip, beta1, beta2, weight_decay, eps,
+            )  # fmt: skip
+            for moment, values, seed in zip(kept, moments, (0, 1 << 31)):
+                was = moment if isinstance(moment, Coded) else (moment,)
+                for old, new in zip(was, rounded(values, moment.dtype, noise(start, end, step, seed))):
+                    old.copy_(torch.where(skip > 0, old, new))
+
+
+def _chunk(moment: Tensor, scales: list[Tensor], start: int, end: int) -> Moment:
+    part = moment.view(-1)[start:end]
+    return Coded(part, scales[0][start // BLOCK : -(-end // BLOCK)]) if scales else part
+
+
+@_adamw_rounded_.register_fake
+def _(params, grads, mu, nu, mu_scales, nu_scales, *numbers):
+    return None
+
+
 def update_(
     adam: AdamW, lr: Tensor, specs: Specs, params: Mapping[str, Tensor], grads: Mapping[str, Tensor],
-    mu: Mapping[str, Tensor], nu: Mapping[str, Tensor], step: Tensor, norm: Tensor, apply: Tensor,
+    mu: Mapping[str, Moment], nu: Mapping[str, Moment], step: Tensor, norm: Tensor, apply: Tensor,
 ) -> None:  # fmt: skip
     """Clip by the global norm and update params, mu and nu in place, or leave all as it is unless `apply`.
 
-    specs: which parameters decay, and the factor of each on `lr`. Of `params`, those in `grads` are updated. All fp32,
-    by name; step: updates done before this one, norm: the gradients' global norm, apply: bool; 0-dim.
-    The gradients' own storage is used up.
+    specs: which parameters decay, and the factor of each on `lr`. Of `params`, those in `grads` are updated. All by
+    name, params and grads fp32; step: updates done before this one, norm: the gradients' global norm, apply: bool;
+    0-dim. The gradients' own storage is used up.
     """
     # The kernel divides gradients by `scale`: clipping is max(1, norm / clip), as torch's clip_grad_norm_ has it.
     scale = ((norm + 1e-6) / adam.clip).clamp(min=1.0)
-    names = list(grads)
-    _adamw_(
-        *([tensors[name] for name in names] for tensors in (params, grads, mu, nu)),
-        [specs[name].decay for name in names], [float(specs[name].lr) for name in names],
-        (step + 1).float(), lr, scale, (~apply).float(), adam.beta1, adam.beta2, adam.weight_decay, adam.eps,
-    )  # fmt: skip
+    numbers = (step + 1).float(), lr, scale, (~apply).float(), adam.beta1, adam.beta2, adam.weight_decay, adam.eps
+
+    def given(names: list[str], *kept: list[Tensor]) -> tuple[list, ...]:
+        of_names = [specs[name] for name in names]
+        return (
+            [params[name] for name in names], [grads[name] for name in names], *kept,
+            [spec.decay for spec in of_names], [float(spec.lr) for spec in of_names],
+        )  # fmt: skip
+
+    full = [name for name in grads if mu[name].dtype is torch.float32]
+    less = [name for name in grads if mu[name].dtype is not torch.float32]
+    if full:
+        _adamw_(*given(full, *([of[name] for name in full] for of in (mu, nu))), *numbers)
+    if less:
+        (mu_kept, mu_scales), (nu_kept, nu_scales) = (_split([of[name] for name in less]) for of in (mu, nu))
+        _adamw_rounded_(*given(less, mu_kept, nu_kept, mu_scales, nu_scales), *numbers)
+
+
+def _split(moments: list[Moment]) -> tuple[list[Tensor], list[Tensor]]:
+    """What is kept of each element, and the scales, if these are codes."""
+    kept = [moment.codes if isinstance(moment, Coded) else moment for moment in moments]
+    return kept, [moment.scales for moment in moments if isinstance(moment, Coded)]

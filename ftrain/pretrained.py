@@ -43,16 +43,21 @@ def load_pretrained(directory: str | os.PathLike) -> tuple[Model, dict[str, Tens
     return model, {name: values(name, model.specs[name], slices) for name, slices in everything.items()}
 
 
-def init_from(directory: str | os.PathLike, model: Model, placements: Placements, mesh: DeviceMesh) -> State:
-    """A state at step 0 with a directory's weights; each rank reads its own slices.
+def init_from(
+    directory: str | os.PathLike, model: Model, placements: Placements, mesh: DeviceMesh, kept: str = "fp32"
+) -> State:
+    """A state at step 0 with a directory's weights; each rank reads its own slices. kept: as `make_state`.
 
     Raises ValueError naming missing, extra or mis-shaped tensors, or a corrupt file.
     """
-    return make_state(model.specs, placements, mesh, read_values(directory, model.specs, ignored=model.ignored))
+    return make_state(model.specs, placements, mesh, read_values(directory, model.specs, ignored=model.ignored), kept)
 
 
-def init_from_sources(model: Model, placements: Placements, mesh: DeviceMesh, seed: int) -> State:
+def init_from_sources(
+    model: Model, placements: Placements, mesh: DeviceMesh, seed: int, kept: str = "fp32"
+) -> State:
     """A state at step 0: the parameters of `model.sources` with the weights of their directories, the others random.
+    kept: as `make_state`.
 
     Raises ValueError naming missing or mis-shaped tensors, or a corrupt file.
     """
@@ -74,7 +79,7 @@ def init_from_sources(model: Model, placements: Placements, mesh: DeviceMesh, se
         directory, there = model.sources[name]
         return read[directory](there, of_directory[directory][there], slices)
 
-    return make_state(model.specs, placements, mesh, value)
+    return make_state(model.specs, placements, mesh, value, kept)
 
 
 def hf_config(hf: Mapping, dtype: torch.dtype | None) -> dict:

@@ -1,6 +1,7 @@
 """The train state: DTensors with the plan's placements, from initialisation to checkpoint."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,20 +9,21 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement
+from torch.distributed.tensor.placement_types import Placement, Shard
 
 from .collectives import Group, all_gather, all_to_all, group_over
 from .layout import Pieces, Placements, shard_slices
+from .moments import Coded, blocks, dtypes, read
 from .specs import ParamSpec, Specs, trainable
 
 
 class State(NamedTuple):
     """params, mu, nu: name -> fp32 DTensor (AdamW's moments carry the parameter's placements; what is frozen has none).
-    step: updates done, a 0-dim int64 tensor."""
+    Moments may be kept in less than fp32: `ftrain.moments`. step: updates done, a 0-dim int64 tensor."""
 
     params: dict[str, DTensor]
-    mu: dict[str, DTensor]
-    nu: dict[str, DTensor]
+    mu: dict[str, DTensor | Coded]
+    nu: dict[str, DTensor | Coded]
     step: Tensor
 
 
@@ -40,7 +42,7 @@ def own_slices(shape: tuple[int, ...], placements: tuple[Placement, ...], mesh: 
     return shard_slices(shape, placements, mesh.shape, mesh.get_coordinate())
 
 
-def _pieces(t: DTensor) -> tuple[list[int], Pieces, Group]:
+def _pieces(t: DTensor | Coded) -> tuple[list[int], Pieces, Group]:
     """The mesh dimensions that cut a tensor, its pieces, and the group of ranks that hold them."""
     mesh = t.device_mesh
     cut = [i for i, placement in enumerate(t.placements) if placement.is_shard() and mesh.shape[i] > 1]
@@ -48,14 +50,14 @@ def _pieces(t: DTensor) -> tuple[list[int], Pieces, Group]:
     return cut, pieces, group_over(mesh, [mesh.mesh_dim_names[i] for i in cut])
 
 
-def whole(t: DTensor) -> Tensor:
-    """The full tensor, on every rank, by one all-gather. Every rank must call it."""
+def whole(t: DTensor | Coded) -> Tensor:
+    """The full tensor in fp32, on every rank, by one all-gather. Every rank must call it."""
     _, pieces, group = _pieces(t)
-    return pieces.assemble(all_gather(pieces.pad(t.to_local()), group))
+    return pieces.assemble(all_gather(pieces.pad(read(t.to_local())), group))
 
 
-def gather_to(t: DTensor, rank: int) -> Tensor | None:
-    """The full tensor on one rank (row-major over the mesh), None on the others. Every rank must call it.
+def gather_to(t: DTensor | Coded, rank: int) -> Tensor | None:
+    """The full tensor in fp32 on one rank (row-major over the mesh), None on the others. Every rank must call it.
 
     Each piece goes to that rank alone: an all-gather would send the model to every rank.
     """
@@ -72,7 +74,7 @@ def gather_to(t: DTensor, rank: int) -> Tensor | None:
         receiver = receiver * mesh.shape[i] + there[i]
     here = group.rank == receiver
     sent = [pieces.numel * (r == receiver) for r in range(group.size)]
-    rows = all_to_all(pieces.pad(t.to_local().detach()), [pieces.numel * here] * group.size, sent, group)
+    rows = all_to_all(pieces.pad(read(t.to_local().detach())), [pieces.numel * here] * group.size, sent, group)
     return pieces.assemble(rows.view(group.size, -1)) if here else None
 
 
@@ -87,8 +89,12 @@ def make_state(
     placements: Placements,
     mesh: DeviceMesh,
     values: Callable[[str, ParamSpec, tuple[slice, ...]], Tensor],
+    kept: str = "fp32",
 ) -> State:
-    """A state at step 0. `values(name, spec, slices)` gives this rank's piece of each parameter."""
+    """A state at step 0. `values(name, spec, slices)` gives this rank's piece of each parameter.
+
+    kept: how the moments are, one of `moments.KEPT`; ValueError for another.
+    """
     device = torch.device(mesh.device_type)
     params = {}
     for name, spec in specs.items():
@@ -97,15 +103,26 @@ def make_state(
         piece = values(name, spec, slices).to(device, torch.float32).clone(memory_format=torch.contiguous_format)
         params[name] = place(piece, spec.shape, placements[name], mesh)
 
-    def zeros() -> dict[str, DTensor]:
-        return {
-            name: place(torch.zeros_like(params[name].to_local()), spec.shape, placements[name], mesh)
-            for name, spec in trainable(specs).items()
-        }
+    def zeros(which: int) -> dict[str, DTensor | Coded]:
+        return {name: _zeros(params[name], dtypes(kept, spec.numel)[which]) for name, spec in trainable(specs).items()}
 
-    return State(params, zeros(), zeros(), torch.zeros((), dtype=torch.int64, device=device))
+    return State(params, zeros(0), zeros(1), torch.zeros((), dtype=torch.int64, device=device))
 
 
-def init_state(specs: Specs, placements: Placements, mesh: DeviceMesh, seed: int) -> State:
-    """Random initial parameters, the same on every mesh. Holds one whole parameter at a time."""
-    return make_state(specs, placements, mesh, lambda name, spec, slices: initial(name, spec, seed)[slices])
+def _zeros(param: DTensor, dtype: torch.dtype) -> DTensor | Coded:
+    """A moment of a parameter, as it lies. Every rank has as many scales as the largest piece has blocks, so that
+    they are evenly cut over the same mesh dimensions."""
+    mesh, placements = param.device_mesh, param.placements
+    kept = place(torch.zeros_like(param.to_local(), dtype=dtype), tuple(param.shape), placements, mesh)
+    if dtype.is_floating_point:
+        return kept
+    first = shard_slices(param.shape, placements, mesh.shape, [0] * mesh.ndim)
+    n = blocks(math.prod(s.stop - s.start for s in first))
+    ranks = math.prod(size for size, p in zip(mesh.shape, placements) if p.is_shard())
+    cut = tuple(Shard(0) if p.is_shard() else p for p in placements)
+    return Coded(kept, place(torch.zeros(n, device=param.to_local().device), (n * ranks,), cut, mesh))
+
+
+def init_state(specs: Specs, placements: Placements, mesh: DeviceMesh, seed: int, kept: str = "fp32") -> State:
+    """Random initial parameters, the same on every mesh. Holds one whole parameter at a time. kept: as `make_state`."""
+    return make_state(specs, placements, mesh, lambda name, spec, slices: initial(name, spec, seed)[slices], kept)

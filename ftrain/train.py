@@ -14,7 +14,7 @@ import torch.distributed as dist
 from . import checkpoint, launch, recipes, records, samples, tokenizer
 from .cache import content_hash
 from .config import TrainConfig, factors, resolved
-from .console import Console, TensorSummary, console, si
+from .console import Console, TensorSummary, bytes_, console, si
 from .data import Data, Text, batch_at, heldout_batches, prepare
 from .disk import CHECKPOINTS, TRAIN_STATE, read_json, tidy
 from .generate import generate
@@ -23,6 +23,7 @@ from .job import Job, make_job
 from .loop import loop
 from .mesh import resolve
 from .model import Model, find_model, has_weights, param_counts
+from .moments import size
 from .plan import find_plan
 from .precision import by_layer, fp8_report
 from .pretrained import init_from, init_from_sources
@@ -139,29 +140,31 @@ def _start(
     cfg: TrainConfig, job: Job, weights: str | None, digest: str, con: Console
 ) -> tuple[State, int, int | None]:
     """-> the state, the position in the data, and the step resumed from (None: a new run)."""
-    specs, placements, mesh = job.model.specs, job.placements, job.device_mesh
+    specs, placements, mesh, kept = job.model.specs, job.placements, job.device_mesh, cfg.optimizer_state
     if cfg.resume != "never" and not (cfg.resume == "auto" and cfg.overwrite):
         _check_frozen(specs, Path(cfg.resume) if cfg.resume != "auto" else next(iter(checkpoint.latest(cfg.out)), None))
     if cfg.resume not in ("auto", "never"):
-        state, meta = checkpoint.restore(cfg.resume, specs, placements, mesh)
+        state, meta = checkpoint.restore(cfg.resume, specs, placements, mesh, kept)
         checkpoint.set_rng(meta["rng"])
         con.info(f"resuming from {cfg.resume}")
         newest = next(iter(checkpoint.latest(cfg.out)), None)
         if newest and checkpoint.step_of(newest) > int(state.step):
             con.warn(f"{newest} is later than where this run starts: --resume auto would go on from there")
     elif cfg.resume == "auto" and not cfg.overwrite and checkpoint.latest(cfg.out):
-        state, meta, directory = checkpoint.resume(cfg.out, specs, placements, mesh, warn=con.warn)
+        state, meta, directory = checkpoint.resume(cfg.out, specs, placements, mesh, kept, con.warn)
         con.info(f"resuming from {directory}")
         changed = records.changes(cfg)
         if changed:
             con.info(f"other than when it was last started: {', '.join(changed)}")
     elif weights:
-        return init_from(weights, job.model, placements, mesh), 0, None
+        return init_from(weights, job.model, placements, mesh, kept), 0, None
     elif job.model.sources:
-        return init_from_sources(job.model, placements, mesh, cfg.seed), 0, None
+        return init_from_sources(job.model, placements, mesh, cfg.seed, kept), 0, None
     else:
         torch.manual_seed(cfg.seed)
-        return init_state(specs, placements, mesh, cfg.seed), 0, None
+        return init_state(specs, placements, mesh, cfg.seed, kept), 0, None
+    if (before := meta.get("optimizer_state", "fp32")) != kept:
+        con.info(f"the optimizer state was kept in {before}, and is in {kept} from here on")
     if meta["seed"] != cfg.seed:
         con.warn(f"--seed {cfg.seed}, but the checkpoint's run had {meta['seed']}: the data's order changes here")
     if meta["data"] != digest:
@@ -218,6 +221,9 @@ def _introduce(cfg: TrainConfig, job: Job, state: State, data: Data, con: Consol
         report = fp8_report(job.model)
         more["float8"] = ", ".join(by_layer(report.quantised)) or "nothing"
         more["bf16 for their shape"] = ", ".join(by_layer(report.fallback)) or "nothing"
+    if cfg.optimizer_state != "fp32":
+        held = sum(size(moment.to_local()) for of in (state.mu, state.nu) for moment in of.values())
+        more["optimizer state"] = f"{cfg.optimizer_state}, {bytes_(held)} per rank"
     con.header(
         model=f"{cfg.recipe or cfg.model} ({job.model.family})", plan=cfg.plan,
         mesh=" ".join(f"{a}={n}" for a, n in zip(job.device_mesh.mesh_dim_names, job.device_mesh.shape)),
