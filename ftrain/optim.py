@@ -60,6 +60,17 @@ class Schedule:
         return warm * (self.floor + (1 - self.floor) * left)
 
 
+@torch.library.custom_op("ftrain::sum_of_squares", mutates_args=())
+def sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    """Of all elements, fp32. One operator for all tensors: a kernel for each would be compiled for each."""
+    return torch.stack(torch._foreach_norm(tensors)).square().sum()
+
+
+@sum_of_squares.register_fake
+def _(tensors):
+    return tensors[0].new_empty(())
+
+
 @torch.library.custom_op("ftrain::adamw_", mutates_args=("params", "grads", "mu", "nu"))
 def _adamw_(
     params: list[Tensor], grads: list[Tensor], mu: list[Tensor], nu: list[Tensor],

@@ -7,11 +7,13 @@ there into pieces, of which equal ones are compiled once, and run with what they
 import operator
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .passes import add_in_order, share_maxima, widen_products
@@ -56,6 +58,7 @@ class Program:
         for i, piece in enumerate(pieces):
             last |= {m: i for n in piece for m in n.all_input_nodes}
         kept = set(result)
+        self.pieces: dict[tuple, fx.GraphModule] = {}  # the distinct ones, by their structure
         calls: dict[tuple, Callable[[list], Sequence]] = {}
         compiled: set[tuple] = set()
         self.instructions = []
@@ -77,15 +80,15 @@ class Program:
                 module = as_module(piece, takes, gives)
                 key = structure(module)
             if key not in calls:
-                module = overlapped(module)
-                share_maxima(module.graph)
-                add_in_order(module.graph)
-                module.recompile()
-                compiling = mode == "inductor" and any(computes(n) for n in module.graph.nodes) and not (
-                    alone(head) and not isinstance(head.target, Region)
-                )
-                calls[key] = self._compile(module) if compiling else unboxed(module)
-                compiled |= {key} if compiling else set()
+                takes_a_compiler = isinstance(head.target, Region) or not alone(head)
+                if takes_a_compiler:
+                    module = prepared(module, mode)
+                self.pieces[key] = module
+                if mode == "inductor" and takes_a_compiler and any(computes(n) for n in module.graph.nodes):
+                    calls[key] = self._compile(module)
+                    compiled.add(key)
+                else:
+                    calls[key] = unboxed(module)
             self.compiled.calls += key in compiled
             drops = {m for n in piece for m in n.all_input_nodes if last.get(m) == i and m not in inside} - kept
             self.instructions.append(Instruction(
@@ -122,16 +125,32 @@ class Program:
         return call
 
 
-def overlapped(module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph, its collectives begun early and waited for late."""
-    nodes = list(module.graph.nodes)
-    order = overlap(nodes)
-    if order == nodes:
-        return module
+def prepared(module: fx.GraphModule, mode: str) -> fx.GraphModule:
+    """What is compiled in place of a piece: its operators without updates in place, in the order that hides
+    communication."""
+    share_maxima(module.graph)
+    add_in_order(module.graph)
+    module.recompile()
+    if mode == "inductor" or any(mutates(n) for n in module.graph.nodes):
+        module = functional(module, mode)
     graph, copied = fx.Graph(), {}
-    for n in order:
+    for n in overlap(list(module.graph.nodes)):
         copied[n] = graph.node_copy(n, copied.__getitem__)
     return fx.GraphModule(module, graph)
+
+
+def functional(module: fx.GraphModule, mode: str) -> fx.GraphModule:
+    """The same operators without updates in place, for inductor taken apart as it wants them."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    inputs = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
+    fake = detect_fake_mode(inputs)
+    table = select_decomp_table() if mode == "inductor" else None
+    with fake or nullcontext(), torch.no_grad():
+        flat = make_fx(torch.func.functionalize(module), table, record_module_stack=False)(*inputs)
+    widen_products(flat.graph)
+    flat.graph.eliminate_dead_code()
+    return flat
 
 
 def unboxed(module: fx.GraphModule) -> Callable[[list], Sequence]:
@@ -155,29 +174,28 @@ def as_module(piece: Sequence[fx.Node], takes: Sequence[fx.Node], gives: Sequenc
 
 def inductor(module: fx.GraphModule) -> Callable[[list], Sequence]:
     """A functional graph, compiled. Results have the strides that the graph says."""
-    from torch._guards import TracingContext, detect_fake_mode, tracing
     from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.virtualized import V
 
     inputs = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
+    output = module.graph.output_node()
+    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
     fake = detect_fake_mode(inputs)
     with fake, tracing(TracingContext(fake)), V.set_fake_mode(fake), torch.no_grad():
-        flat = make_fx(torch.func.functionalize(module), select_decomp_table(), record_module_stack=False)(*inputs)
-        widen_products(flat.graph)
-        flat.graph.eliminate_dead_code()
-        flat.recompile()
-        output = flat.graph.output_node()
-        output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
-        return compile_fx_inner(flat, inputs)
+        return compile_fx_inner(module, inputs)
 
 
 def alone(node: fx.Node) -> bool:
     """Whether a node is a piece of its own, which no compiler takes."""
     if node.op != "call_function":
         return False
-    packet = getattr(node.target, "__name__", "")
-    return isinstance(node.target, Region) or is_start(node) or is_wait(node) or mutates(node) or "_foreach_" in packet
+    return isinstance(node.target, Region) or is_start(node) or is_wait(node) or mutates(node) or of_many(node)
+
+
+def of_many(node: fx.Node) -> bool:
+    """Whether a node is an operator of ours on a list of tensors: compiled, it would be another for each model."""
+    ours = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "ftrain"
+    return ours and bool(node.args) and isinstance(node.args[0], (list, tuple))
 
 
 def cut(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:

@@ -50,6 +50,13 @@ def computes(node: fx.Node) -> bool:
     return node.op == "call_function" and not (is_start(node) or is_wait(node) or is_light(node))
 
 
+def base(node: fx.Node) -> fx.Node:
+    """What a node may be a view of."""
+    while is_light(node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
 def late_waits(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     """The same nodes, computations in the same order; waits, and what only moves things, just before they are used."""
     order: dict[fx.Node, None] = {}
@@ -72,8 +79,9 @@ def late_waits(nodes: Sequence[fx.Node]) -> list[fx.Node]:
             order[node] = None
         elif node.op == "output" or computes(node) or is_start(node):
             if mutates(node):  # what reads its arguments must have done so
+                changed = {base(n) for n in node.all_input_nodes}
                 for n in deferred:
-                    if any(m.op == "placeholder" for m in n.all_input_nodes):
+                    if n not in order and changed & {base(m) for m in n.all_input_nodes}:
                         emit(n)
             emit(node)
         else:

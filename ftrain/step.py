@@ -14,7 +14,7 @@ from .graph import one_graph
 from .loss import cross_entropy, load_balance, router_z
 from .model import Model
 from .ops import Ops, Output
-from .optim import AdamW, Schedule, update_
+from .optim import AdamW, Schedule, sum_of_squares, update_
 from .parallel import Gathered, Sharding
 from .specs import trainable
 from .state import State, place
@@ -63,7 +63,7 @@ def squares(grads: Mapping[str, Tensor], copies: Mapping[str, int]) -> Tensor:
     held: dict[int, list[Tensor]] = {}
     for name, grad in grads.items():
         held.setdefault(copies[name], []).append(grad)
-    return sum(torch.stack(torch._foreach_norm(some)).square().sum() / n for n, some in held.items())
+    return sum(sum_of_squares(some) / n for n, some in held.items())
 
 
 def metric(name: str) -> str:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch._dynamo.utils import counters
 
 
 @pytest.fixture
@@ -19,7 +18,5 @@ def one_thread():
 def one_rank():
     """A process group of this process alone: what compiles needs a real one."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    torch._dynamo.reset()
-    counters.clear()
     yield
     dist.destroy_process_group()

@@ -26,7 +26,6 @@ def settings():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    torch._dynamo.reset()
     yield
     torch.set_num_threads(threads)
 
@@ -130,27 +129,20 @@ def test_odd_dimensions_fall_back_to_bf16(recipe, shape):
         assert torch.equal(a, b)
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """The graphs of ATen operators that `one_graph` hands to the compiler."""
-    seen, compile = [], torch.compile
-
-    def spy(module, **options):
-        seen.append(module.graph)
-        return compile(module, **options)
-
-    monkeypatch.setattr(torch, "compile", spy)
-    return seen
+def operators(compiled, op):
+    """The nodes of an ATen operator in a captured graph."""
+    [(program, _)] = compiled.programs.values()
+    return [node for node in program.nodes if node.target is op]
 
 
 @pytest.mark.parametrize("rows", [32, 7])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_compiled_graph_holds_scaled_mm_as_gpus_want_it(recipe, rows, graphs):
+def test_compiled_graph_holds_scaled_mm_as_gpus_want_it(recipe, rows):
     x, w, dy = spread(rows, 48), spread(64, 48), spread(rows, 64)
-    one_graph(step(linear_for(recipe)), "aot_eager")(x, w, dy)
-    (graph,) = graphs
-    products = graph.find_nodes(op="call_function", target=torch.ops.aten._scaled_mm.default)
-    plain = graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+    compiled = one_graph(step(linear_for(recipe)), "aot_eager")
+    compiled(x, w, dy)
+    products = operators(compiled, torch.ops.aten._scaled_mm.default)
+    plain = operators(compiled, torch.ops.aten.mm.default)
     assert (len(products), len(plain)) == ((2, 1) if recipe == "fp8-rowwise-gw-hp" else (3, 0))
     dtypes = set()
     for node in products:
@@ -171,7 +163,7 @@ def test_linear_compiled_is_eager(precision):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recomputed_in_backward(recipe, graphs):
+def test_recomputed_in_backward(recipe):
     """Under activation checkpointing both products give the same, compiled, and are indeed computed twice."""
     linear, grouped = linear_for(recipe), grouped_mm_for(recipe)
     args = spread(7, 48), spread(48, 48), spread(7, 48), spread(3, 48, 48), torch.tensor([2, 2, 7], dtype=torch.int32)
@@ -180,12 +172,11 @@ def test_recomputed_in_backward(recipe, graphs):
         return linear(F.silu(grouped(F.silu(linear(x, w)), w * experts, offsets)), w)
 
     recomputing = step(lambda *inputs: checkpoint(block, *inputs, use_reentrant=False))
-    results = one_graph(recomputing, "aot_eager")(*args)
-    (graph,) = graphs
-    graph.eliminate_dead_code()  # as the compiler does
+    compiled = one_graph(recomputing, "aot_eager")
+    results = compiled(*args)
     assert all(torch.equal(a, b) for a, b in zip(results, step(block)(*args)))
     scaled, grouped = torch.ops.aten._scaled_mm.default, torch.ops.ftrain.grouped_mm.default
-    count = [len(graph.find_nodes(op="call_function", target=op)) for op in (scaled, grouped)]
+    count = [len(operators(compiled, op)) for op in (scaled, grouped)]
     # Forward, backward, and again all but the block's last product.
     assert count == [2 + (2 if recipe.endswith("hp") else 4) + 1, 1 + 1 + 1]
 
@@ -258,7 +249,7 @@ def test_gw_hp_keeps_the_weight_gradient(counts):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_grouped_compiled_is_eager_whatever_the_routing(precision, graphs):
+def test_grouped_compiled_is_eager_whatever_the_routing(precision):
     """The row count is not known to the compiler, and one compilation serves every routing."""
     x, w, dy, _ = experts([16] * E, compute(precision))
     grouped = grouped_mm_for(precision)
@@ -272,7 +263,7 @@ def test_grouped_compiled_is_eager_whatever_the_routing(precision, graphs):
     for counts in map(torch.tensor, COUNTS):
         for a, b in zip(compiled(x, w, dy, counts), routed(x, w, dy, counts)):
             assert torch.equal(a, b)
-    assert len(graphs) == 1
+    assert len(compiled.programs) == 1
 
 
 @pytest.mark.slow
@@ -312,12 +303,12 @@ def test_aligned_groups_compile_once_for_any_row_count():
         return aligned(x[:rows], w, dy[:rows], counts.cumsum(0).to(torch.int32))
 
     compiled = one_graph(routed, "aot_eager")
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for counts in COUNTS:
-            rows, counts = sum(counts), torch.tensor(counts)
-            want = step(rowwise_grouped_mm)(x[:rows], w, dy[:rows], counts.cumsum(0).int())
-            for a, b in zip(compiled(x, w, dy, counts), want):
-                assert furthest(a, b) < BF16
+    for counts in COUNTS:
+        rows, counts = sum(counts), torch.tensor(counts)
+        want = step(rowwise_grouped_mm)(x[:rows], w, dy[:rows], counts.cumsum(0).int())
+        for a, b in zip(compiled(x, w, dy, counts), want):
+            assert furthest(a, b) < BF16
+    assert len(compiled.programs) == 1
 
 
 def rowwise_kernel_of_padded_rows(x, w, offsets):
