@@ -29,12 +29,19 @@ class OneGraph:
 
     def __call__(self, *args):
         flat, tree = tree_flatten(args)
+        program, spec = self._program(flat, tree)
+        with torch.no_grad():
+            return tree_unflatten(program(flat), spec)
+
+    def program(self, *args) -> Program:
+        """What a call with such arguments runs."""
+        return self._program(*tree_flatten(args))[0]
+
+    def _program(self, flat: list[Tensor], tree) -> tuple[Program, object]:
         key = (tree, *((t.shape, t.dtype) for t in flat))
         if key not in self.programs:
             self.programs[key] = self._capture(flat, tree)
-        program, spec = self.programs[key]
-        with torch.no_grad():
-            return tree_unflatten(program(flat), spec)
+        return self.programs[key]
 
     def _capture(self, flat: list[Tensor], tree) -> tuple[Program, object]:
         result = []

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .passes import add_in_order, share_maxima, widen_products
 from .region import Region, structure
-from .schedule import computes, gather_ahead, is_start, is_wait, late_waits, live, mutates, overlap
+from .schedule import Collective, collectives, computes, gather_ahead, is_start, is_wait, late_waits, live, mutates, one_by_one, overlap
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Program:
     """The nodes of a graph in the order they run, made callable: list of inputs -> list of outputs."""
 
     def __init__(self, traced: fx.GraphModule, mode: str):
-        self.nodes = live(late_waits(gather_ahead(list(traced.graph.nodes))))
+        self.nodes = live(late_waits(one_by_one(gather_ahead(list(traced.graph.nodes)))))
         self.compiled = Compiled()
         slot = {node: i for i, node in enumerate(self.nodes)}
         self.inputs = [slot[n] for n in self.nodes if n.op == "placeholder"]
@@ -96,6 +96,10 @@ class Program:
                 tuple(slot[n] for n in drops), head.name,
             ))  # fmt: skip
         self.size = len(self.nodes)
+
+    def collectives(self) -> list[Collective]:
+        """What this rank exchanges with others, in the order it begins."""
+        return collectives(self.nodes, self.pieces)
 
     def __call__(self, inputs: list) -> list:
         slots: list[Any] = [None] * self.size

@@ -4,7 +4,8 @@ A collective is two nodes, one that starts it and one that waits. What lies betw
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -112,9 +113,9 @@ def gather_ahead(nodes: Sequence[fx.Node]) -> list[fx.Node]:
             continue
         at = order.index(start)
         ahead = next((i for i in range(at - 1, -1, -1) if isinstance(order[i].target, Region)), None)
-        if ahead is None:
-            continue
-        same = _gathered_for(order[ahead], start)
+        if ahead is None:  # the first layer's, before whatever comes before it
+            ahead = next((i for i in range(at) if computes(order[i])), at)
+        same = _gathered_for(order[ahead], start) if order[ahead] is not start else None
         if same is not None:
             [wait], [again] = start.users, same.users
             wait.replace_all_uses_with(again)
@@ -126,6 +127,36 @@ def gather_ahead(nodes: Sequence[fx.Node]) -> list[fx.Node]:
         ahead = rest.index(order[ahead])
         order = rest[:ahead] + moved + rest[ahead:]
     return order
+
+
+def one_by_one(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """A collective that goes on with another's result begins a region later, not before that has arrived."""
+    order: list[fx.Node] = []
+    held: list[fx.Node] = []
+    for node in nodes:
+        on_held = any(m in held for m in node.all_input_nodes)
+        if (is_start(node) and any(map(is_wait, _moved(node)))) or (on_held and (is_wait(node) or is_light(node))):
+            held.append(node)
+            continue
+        if node.op == "output" or mutates(node) or on_held:
+            order += held
+            held = []
+        order.append(node)
+        if isinstance(node.target, Region):
+            order += held
+            held = []
+    return order
+
+
+def _moved(start: fx.Node) -> set[fx.Node]:
+    """What a collective's input is moved and cast from."""
+    found, stack = set(), list(start.all_input_nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes if is_light(node) else []
+    return found
 
 
 def _from_parameters(start: fx.Node) -> set[fx.Node] | None:
@@ -199,10 +230,29 @@ def overlap(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 class Collective(NamedTuple):
-    """One of a step's: its kind, the group's name, the bytes this rank receives, and whether nothing is computed
-    between its start and its wait."""
+    """One of a step's: its kind, its group's name, the bytes that it leaves or takes here (whichever is more; None
+    where that depends on the data), and whether nothing is computed between its start and its wait."""
 
     kind: str
     group: str
-    bytes: int
+    bytes: int | None
     exposed: bool
+
+
+def collectives(nodes: Sequence[fx.Node], pieces: Mapping[tuple, fx.GraphModule]) -> list[Collective]:
+    """Those of a graph in the order they start, within its regions too. pieces: the regions as they run, by key."""
+    line: list[tuple[int, fx.Node]] = []
+    for i, node in enumerate(nodes):
+        inner = pieces[node.target.key].graph.nodes if isinstance(node.target, Region) else [node]
+        line += [(i if len(inner) > 1 else -1, n) for n in inner]
+    place = {at: i for i, at in enumerate(line)}
+    busy = list(accumulate((computes(n) for _, n in line), initial=0))
+    found = []
+    for i, (within, start) in enumerate(line):
+        if is_start(start):
+            [wait] = [place[within, n] for n in start.users if is_wait(n)]
+            sizes = [n.meta["val"].numel() * n.meta["val"].element_size() for n in (start, start.args[0])]
+            known = max(sizes) if all(isinstance(size, int) for size in sizes) else None
+            kind = start.target.__name__.split(".")[0]
+            found.append(Collective(kind, start.args[-1], known, busy[wait] == busy[i]))
+    return found

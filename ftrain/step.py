@@ -1,6 +1,6 @@
 """The train step: forward, backward, clipping and AdamW, as one graph whose buffers are updated in place."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -127,7 +127,7 @@ def make_gradients(model: Model, sharding: Sharding, ops: Ops, recipe: Recipe, m
 def make_train_step(
     model: Model, sharding: Sharding, ops: Ops, recipe: Recipe, mode: str = "inductor", accumulate: int = 1
 ) -> Callable[..., tuple[State, dict[str, Tensor]]]:  # fmt: skip
-    """-> train_step(state, microbatches, so_far=None) -> (state, metrics). `train_step.graph` is its compiled part.
+    """-> train_step(state, microbatches, so_far=None) -> (state, metrics).
 
     The graph runs once for each of the `accumulate` microbatches; gradients add up in a buffer,
     and the last run applies them. A loss or gradient that is not finite changes nothing: the
@@ -137,6 +137,8 @@ def make_train_step(
     metrics: 0-dim tensors loss, and NAME_loss of other losses, grad_norm, lr, finite and, of models with experts,
     router_aux_loss (not where several microbatches have no coefficient for it), router_z_loss and
     expert_counts [L, E].
+    Where it is compiled, `train_step.graph` is its OneGraph, and `train_step.program(state, microbatches)` what it
+    runs, captured and compiled but not run.
     Raises ValueError for a model all of which is frozen.
     """
     adam, trained = recipe.adam, trainable(model.specs)
@@ -167,7 +169,8 @@ def make_train_step(
     def constant(role: str, value: bool, device: torch.device) -> Tensor:
         return torch.tensor(value, device=device)
 
-    def train_step(state: State, batches: Sequence[Mapping[str, Tensor]], so_far: Tensor | None = None):
+    def arguments(state: State, batches: Sequence[Mapping[str, Tensor]], so_far: Tensor | None = None) -> Iterator[tuple]:
+        """Those of the graph, for each microbatch."""
         if len(batches) != accumulate:
             raise ValueError(f"the step was made for {accumulate} microbatches, but was given {len(batches)}")
         params, mu, nu = local(state.params), local(state.mu), local(state.nu)
@@ -182,21 +185,25 @@ def make_train_step(
             totals["routed"] = sum(count_experts(state, batch)["expert_counts"] for batch in batches)
         if buffers:
             torch._foreach_zero_(list(buffers.values()))
-        seen = []
         for i, batch in enumerate(batches):
             last = constant("last", i == accumulate - 1, device)
-            seen.append(run(params, mu, nu, buffers, state.step, dict(batch), totals, last, so_far))
+            yield params, mu, nu, buffers, state.step, dict(batch), totals, last, so_far
+
+    def train_step(state: State, batches: Sequence[Mapping[str, Tensor]], so_far: Tensor | None = None):
+        seen = [run(*args) for args in arguments(state, batches, so_far)]
         metrics = dict(seen[-1])
         for name in metrics:
             if name.endswith("loss"):
                 metrics[name] = sum(m[name] for m in seen)
-        if accumulate > 1 and "expert_counts" in metrics and "routed" not in totals:
+        if accumulate > 1 and "expert_counts" in metrics and not recipe.router_aux:
             # Each microbatch counted its own; and a product of two averages is not the sum of its parts' products.
             metrics["expert_counts"] = sum(m["expert_counts"] for m in seen)
             del metrics["router_aux_loss"]
         return state, metrics
 
-    train_step.graph = run
+    if mode != "off":
+        train_step.graph = run
+        train_step.program = lambda state, batches: run.program(*next(arguments(state, batches)))
     return train_step
 
 

@@ -46,8 +46,8 @@ def replicas_not_reduced(patch):
 
 
 def gradients_reduced_in_bf16(patch):
-    reduced = parallel.Bucket.reduced
-    patch.setattr(parallel.Bucket, "reduced", lambda self, grads: reduced(self, tuple(g.bfloat16() for g in grads)))
+    take_apart = parallel.Bucket.take_apart
+    patch.setattr(parallel.Bucket, "take_apart", lambda self, grads: take_apart(self, [g.bfloat16() for g in grads]))
 
 
 def pieces_in_the_wrong_order(patch):
@@ -167,7 +167,7 @@ def bias_corrected_a_step_late(patch):
 
 
 def accumulated_without_zeroing(patch):
-    patch.setattr(step, "torch", SimpleNamespace(**{**vars(torch), "where": lambda last, zero, g: g}))
+    patch.setattr(step, "torch", SimpleNamespace(**{**vars(torch), "_foreach_zero_": lambda buffers: None}))
 
 
 # --- Of what is encoded on one rank and placed on another

@@ -1,0 +1,88 @@
+"""What one rank of a mesh exchanges in the compiled step: how often, how many bytes, and how much of it hides."""
+
+from collections import Counter
+
+import pytest
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from ftrain.equivalence import RECIPE, random_batch, shrink
+from ftrain.job import make_job
+from ftrain.mesh import Mesh
+from ftrain.model import find_model
+from ftrain.plan import find_plan
+from ftrain.state import init_state
+from ftrain.step import make_train_step
+
+LAYERS = 4
+KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
+MODEL = find_model(shrink(find_model("qwen3-moe-tiny").hf) | {"num_hidden_layers": LAYERS})
+DENSE = find_model(shrink(find_model("Qwen3-0.6B").hf) | {"num_hidden_layers": LAYERS})
+
+
+@pytest.fixture
+def ranks():
+    """Processes that are not there: what is captured for one of them is never run."""
+
+    def start(world):
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+
+    yield start
+    dist.destroy_process_group()
+
+
+def captured(plan, mesh, model=MODEL):
+    """The step's collectives, as the first rank runs them."""
+    job = make_job(model, find_plan(plan), mesh, remat="selective")
+    state = init_state(model.specs, job.placements, job.device_mesh, 0)
+    step = make_train_step(model, job.sharding, job.ops, RECIPE, "aot_eager")
+    return step.program(state, job.microbatches(random_batch(131, 8, 12, 0))).collectives()
+
+
+# Of one rank on fsdp 2 x sp 2 x ep 2: (hidden, exposed). 4 layers, the table and the norm; experts are gathered apart
+# from the rest of a layer where they stay on their ep rank. The last layer's gathering serves forward and backward.
+# Exposed is what the step ends with (the table's gradient, the norm) and, of each layer, rows on their way to their
+# experts when there is nothing else to do.
+PINNED = {
+    "ddp": {"all_gather": (1, 0), "all_reduce": (7, 2), "all_to_all": (28, 4)},
+    "fsdp": {"all_gather": (10, 0), "reduce_scatter": (5, 1), "all_reduce": (6, 3), "all_to_all": (28, 4)},
+    "fsdp_ep": {"all_gather": (17, 0), "reduce_scatter": (9, 1), "all_reduce": (9, 4), "all_to_all": (44, 8)},
+    "fsdp_sp": {"all_gather": (10, 0), "reduce_scatter": (5, 1), "all_reduce": (6, 3), "all_to_all": (28, 4)},
+    "fsdp_sp_ep": {"all_gather": (17, 0), "reduce_scatter": (9, 1), "all_reduce": (2, 1), "all_to_all": (44, 8)},
+}
+
+
+@pytest.mark.parametrize("plan", PINNED)
+def test_collectives_and_what_hides_them(plan, ranks):
+    ranks(8)
+    found = Counter()
+    for one in captured(plan, Mesh(2, 2, 2)):
+        found[next(kind for kind in KINDS if one.kind.startswith(kind)), one.exposed] += 1
+    kinds = {kind for kind, _ in found}
+    assert {kind: (found[kind, False], found[kind, True]) for kind in kinds} == PINNED[plan]
+
+
+def test_a_dense_layer_is_gathered_once_and_reduced_once_each_way(ranks):
+    """One all-gather for a layer and direction, but for the last's; one reduce-scatter; all of its own bytes."""
+    ranks(2)
+    found = captured("fsdp", Mesh(2, 1, 1), DENSE)
+    layer = sum(s.numel for n, s in DENSE.specs.items() if ".layers.0." in n)
+    gathers = [one.bytes for one in found if one.kind.startswith("all_gather")]
+    reductions = [one for one in found if one.kind.startswith("reduce_scatter")]
+    assert gathers.count(4 * layer) == 2 * LAYERS - 1
+    assert [one.bytes for one in reductions].count(4 * layer) == LAYERS
+    assert not any(one.exposed for one in found if one.bytes == 4 * layer)
+
+
+def test_queries_are_on_their_way_while_keys_are_computed(ranks):
+    """Ulysses: of three all-to-alls before attention only the last has nothing left to hide behind."""
+    ranks(2)
+    found = [one for one in captured("ddp", Mesh(1, 2, 1), DENSE) if one.kind.startswith("all_to_all")]
+    # Three on the way to attention and one back, and the same backward: what crossed is kept, not sent again.
+    assert len(found) == 8 * LAYERS
+    assert [one.exposed for one in found[:4]] == [False, False, True, True]
+
+
+def test_one_rank_exchanges_nothing(ranks):
+    ranks(1)
+    assert not captured("fsdp_sp_ep", Mesh())
