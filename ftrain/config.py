@@ -104,8 +104,9 @@ class Compute:
     """Of matrix products; weights stay in fp32. None: bf16 on GPU, fp32 on CPU."""
     compile: Flat[Literal["inductor", "aot_eager", "off"]] = "inductor"
     """The compiler's backend for the train step; off runs it operation by operation."""
-    remat: Flat[Literal["none", "selective", "full"]] = "none"
-    """What backward recomputes, to save memory: nothing; all but products and attention; whole layers."""
+    remat: Flat[Literal["none", "selective", "full", "offload"]] = "selective"
+    """What backward recomputes: nothing; all but products and attention (compiled, that is faster than to read it from
+    memory); whole layers; or as selective, with what is kept waiting in the host's memory."""
 
 
 @dataclass(frozen=True)

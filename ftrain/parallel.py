@@ -282,7 +282,8 @@ def parallel_ops(ops: Ops, sharding: Sharding, policy: str, grouped_mm: Callable
             if capturing():
                 learn = [bucket.learns for bucket in buckets for _ in bucket.names]
                 weights = gathering(buckets, p.shards)
-                out = differentiable(run, partial(remat, policy=policy), prefix, x, weights, learn, known)
+                keep, away = partial(remat, policy=policy), policy == "offload"
+                out = differentiable(run, keep, prefix, x, weights, learn, known, away)
             else:
                 out = remat(gather_and_run, policy)(x, *(p.shards[name] for name in names))
             if not isinstance(out, tuple) or len(out) != 2:

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .passes import add_in_order, share_maxima, widen_products
 from .region import Region, structure
-from .schedule import Collective, collectives, computes, gather_ahead, is_start, is_wait, late_waits, live, mutates, one_by_one, overlap
+from .schedule import Collective, begins, collectives, computes, gather_ahead, is_wait, late_waits, live, mutates, one_by_one, overlap
 
 
 @dataclass
@@ -193,7 +193,7 @@ def alone(node: fx.Node) -> bool:
     """Whether a node is a piece of its own, which no compiler takes."""
     if node.op != "call_function":
         return False
-    return isinstance(node.target, Region) or is_start(node) or is_wait(node) or mutates(node) or of_many(node)
+    return isinstance(node.target, Region) or begins(node) or is_wait(node) or mutates(node) or of_many(node)
 
 
 def of_many(node: fx.Node) -> bool:

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import (
 )  # fmt: skip
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .offload import arrived, to_device, to_host
 from .outline import outline
 
 aten = torch.ops.aten
@@ -55,14 +56,15 @@ class Weights(NamedTuple):
 
 
 def differentiable(
-    fn: Callable, keep: Callable, name: str, x: Tensor, weights: Weights, learn: Sequence[bool], known: dict
-) -> Any:
+    fn: Callable, keep: Callable, name: str, x: Tensor, weights: Weights, learn: Sequence[bool], known: dict,
+    offload: bool = False,
+) -> Any:  # fmt: skip
     """`fn(x, *parameters)` as a region, with a region for its gradient.
 
     fn: returns a pytree of tensors and None. Tensors that it takes from around itself become inputs too.
     keep: what makes of fn a function that recomputes some of it in its backward.
     learn: which of the parameters have a gradient. known: what was captured before; what does the same is not
-    captured again.
+    captured again. offload: whether what is left for the backward waits on the host.
     """
     with torch.no_grad():
         gathered = weights.start(weights.shards)
@@ -70,7 +72,7 @@ def differentiable(
     if pair.backward is None:
         outs, _ = _emit(pair.forward, _proxies([x, *gathered, *pair.closures]), len(pair.differentiable))
     else:
-        outs = _Differentiable.apply(pair, gathered, weights, x, *weights.shards, *pair.closures)
+        outs = _Differentiable.apply(pair, gathered, weights, offload, x, *weights.shards, *pair.closures)
     return tree_unflatten([None if i is None else outs[i] for i in pair.places], pair.spec)
 
 
@@ -266,6 +268,11 @@ def _proxies(tensors: Sequence[Tensor]) -> list:
     return [get_proxy_mode().tracer.unwrap_proxy(t) for t in tensors]
 
 
+def _call(fn: Callable, *args) -> fx.Proxy:
+    """A node that calls a function of ours on what is no tensor of the trace, only a value of the graph."""
+    return get_proxy_mode().tracer.create_proxy("call_function", fn, args, {}, name=fn.__name__)
+
+
 def _emit(region: Region, arguments: Sequence, outputs: int) -> tuple[list[Tensor], fx.Proxy]:
     """A node that calls the region; its first `outputs` as fake tensors, and all as a proxy."""
     tracer = get_proxy_mode().tracer
@@ -281,13 +288,22 @@ class _Differentiable(torch.autograd.Function):
     """Two nodes in the graph that is captured. What passes between them stays there, as proxies."""
 
     @staticmethod
-    def forward(ctx, pair: _Pair, gathered: Sequence[Tensor], weights: Weights, x: Tensor, *tensors: Tensor):
+    def forward(
+        ctx, pair: _Pair, gathered: Sequence[Tensor], weights: Weights, offload: bool, x: Tensor, *tensors: Tensor
+    ):
         closures = _proxies(tensors[len(weights.shards) :])
         arguments = [*_proxies([x, *gathered]), *closures]
         outs, proxy = _emit(pair.forward, arguments, len(pair.differentiable))
-        ctx.pair, ctx.weights = pair, weights
+        ctx.pair, ctx.weights, ctx.away = pair, weights, {}
         ctx.proxies = {("x", 0): arguments[0], **{("closure", i): p for i, p in enumerate(closures)}}
         ctx.proxies |= {("saved", i): proxy[i] for kind, i in pair.wants if kind == "saved"}
+        if offload:
+            results = pair.forward.module.graph.output_node().args[0]
+            kept = {("x", 0): x} | {("saved", i): results[i].meta["val"] for kind, i in pair.wants if kind == "saved"}
+            for at in kept.keys() & set(pair.wants):
+                if isinstance(kept[at], Tensor):  # and no size that depends on the data
+                    ctx.proxies[at] = _call(to_host, ctx.proxies[at])
+                    ctx.away[at] = kept[at].device
         ctx.mark_non_differentiable(*(t for t, is_so in zip(outs, pair.differentiable) if not is_so))
         return tuple(outs)
 
@@ -297,8 +313,10 @@ class _Differentiable(torch.autograd.Function):
         proxies |= {("above", i): p for i, p in enumerate(_proxies(above))}
         if any(kind == "row" for kind, _ in pair.wants):
             proxies |= {("row", i): p for i, p in enumerate(_proxies(weights.start(weights.shards)))}
+        back = {at: _call(to_device, proxies[at], device) for at, device in ctx.away.items()}
+        proxies |= {at: _call(arrived, proxy) for at, proxy in back.items()}
         found, _ = _emit(pair.backward, [proxies[at] for at in pair.wants], len(pair.gives))
         grads = dict(zip(pair.gives, found, strict=True))
         of_shards = weights.finish([g for (kind, _), g in grads.items() if kind == "row"])
         of_closures = [grads.get(("closure", i)) for i in range(len(pair.closures))]
-        return None, None, None, grads.get(("x", 0)), *of_shards, *of_closures
+        return None, None, None, None, grads.get(("x", 0)), *of_shards, *of_closures

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-POLICIES = ("none", "selective", "full")
+POLICIES = ("none", "selective", "full", "offload")
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -59,7 +59,7 @@ def _keep(policy: str, ctx, op, *args, **kwargs) -> CheckpointPolicy:
         keep = True
     elif policy == "full":
         keep = False
-    elif policy == "selective":
+    elif policy in ("selective", "offload"):
         keep = op in COSTLY or "ftrain" in str(op)
     else:
         keep = op not in GATHER
@@ -70,7 +70,8 @@ def remat(layer: Callable, policy: str) -> Callable:
     """`layer`, keeping for its backward only what the policy says.
 
     none: all but the gathered weights. selective: matrix products, attention and rows that
-    crossed the network. full: the layer's input.
+    crossed the network. full: the layer's input. offload: as selective, and where the step is compiled it waits on the
+    host (offload.py).
     """
     if policy not in POLICIES:
         raise ValueError(f"--remat {policy}: valid policies are {', '.join(POLICIES)}")

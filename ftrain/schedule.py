@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
+from .offload import arrived, to_device, to_host
 from .region import Region
 
 aten = torch.ops.aten
@@ -35,7 +36,12 @@ def is_start(node: fx.Node) -> bool:
 
 
 def is_wait(node: fx.Node) -> bool:
-    return node.target is c10d.wait_tensor.default
+    return node.target is c10d.wait_tensor.default or node.target is arrived
+
+
+def begins(node: fx.Node) -> bool:
+    """Whether a node starts something that another waits for, or that goes on by itself."""
+    return is_start(node) or node.target in (to_host, to_device)
 
 
 def is_light(node: fx.Node) -> bool:
@@ -48,7 +54,7 @@ def mutates(node: fx.Node) -> bool:
 
 def computes(node: fx.Node) -> bool:
     """Whether a collective can hide behind it."""
-    return node.op == "call_function" and not (is_start(node) or is_wait(node) or is_light(node))
+    return node.op == "call_function" and not (begins(node) or is_wait(node) or is_light(node))
 
 
 def base(node: fx.Node) -> fx.Node:
@@ -78,7 +84,7 @@ def late_waits(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     for node in nodes:
         if node.op in ("placeholder", "get_attr"):
             order[node] = None
-        elif node.op == "output" or computes(node) or is_start(node):
+        elif node.op == "output" or computes(node) or begins(node):
             if mutates(node):  # what reads its arguments must have done so
                 changed = {base(n) for n in node.all_input_nodes}
                 for n in deferred:
@@ -101,21 +107,23 @@ def live(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def gather_ahead(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """Each gathering of parameters begins before the region that runs ahead of the one that needs it.
+    """Each gathering of parameters, and what comes back from the host, begins before the region that runs ahead of
+    the one that needs it.
 
     So at most two layers are gathered at a time. A gathering that would begin where the same parameters are
     already at hand (the last layer's, between its forward and its backward) is left out.
     """
     order = list(nodes)
-    for start in [n for n in nodes if n.target is c10d.all_gather_into_tensor.default]:
-        chain = _from_parameters(start)
+    for start in [n for n in nodes if n.target in (c10d.all_gather_into_tensor.default, to_device)]:
+        chain = set() if start.target is to_device else _from_parameters(start)
         if chain is None:
             continue
         at = order.index(start)
-        ahead = next((i for i in range(at - 1, -1, -1) if isinstance(order[i].target, Region)), None)
+        first = max((order.index(n) + 1 for n in start.all_input_nodes), default=0) if start.target is to_device else 0
+        ahead = next((i for i in range(at - 1, first - 1, -1) if isinstance(order[i].target, Region)), None)
         if ahead is None:  # the first layer's, before whatever comes before it
-            ahead = next((i for i in range(at) if computes(order[i])), at)
-        same = _gathered_for(order[ahead], start) if order[ahead] is not start else None
+            ahead = next((i for i in range(first, at) if computes(order[i])), at)
+        same = _gathered_for(order[ahead], start) if is_start(start) and order[ahead] is not start else None
         if same is not None:
             [wait], [again] = start.users, same.users
             wait.replace_all_uses_with(again)
