@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .flops import native_bf16
+from .flops import emulated
 
 aten = torch.ops.aten
 
@@ -222,8 +222,7 @@ _by_document.register_autograd(_backward, setup_context=_save)
 
 
 def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In fp32 where this CPU has no products of bf16 and would emulate them, at a fifth of the speed."""
-    return tensors if native_bf16() or tensors[0].dtype != torch.bfloat16 else tuple(t.float() for t in tensors)
+    return tuple(t.float() for t in tensors) if emulated(tensors[0]) else tensors
 
 
 def attention_for(device_type: str, dtype: torch.dtype) -> dict[str, Callable[..., Any]]:

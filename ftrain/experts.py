@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .flops import emulated
+
 
 def sort_by_expert(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """The stable permutation that brings each expert's rows together.
@@ -64,6 +66,8 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     offsets: int32 [E], the row at which each group ends; the last is R. Differentiable in x and w.
     One operator to the compiler, because the fake kernel of torch's own refuses fp32.
     """
+    if emulated(x):
+        return grouped_mm(x.float(), w.float(), offsets).to(x.dtype)
     x = x.contiguous()
     if _fits(x.dtype, *w.shape[1:]):
         return F.grouped_mm(x, w.transpose(1, 2), offs=offsets)
@@ -84,6 +88,8 @@ def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 
     A group without rows gives exact zeros. It is the weight's gradient in `grouped_mm`.
     """
+    if emulated(a):
+        return grouped_outer(a.float(), b.float(), offsets).to(a.dtype)
     a, b = a.contiguous(), b.contiguous()
     if _fits(a.dtype, a.shape[1], b.shape[1]):
         return F.grouped_mm(a.T, b, offs=offsets)

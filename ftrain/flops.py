@@ -42,6 +42,12 @@ def native_bf16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def emulated(t: torch.Tensor) -> bool:
+    """Whether products of such tensors are better taken in fp32, and rounded after: bf16 on a CPU that has none of its
+    own. They add up in fp32 anyway, and what such a CPU does instead takes five times as long."""
+    return t.dtype == torch.bfloat16 and t.device.type == "cpu" and not native_bf16()
+
+
 def peak_memory(device: torch.device) -> int:
     """The most bytes this rank has held: of its GPU's memory, or of the process where there is none."""
     if device.type == "cuda":

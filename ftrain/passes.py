@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, fx
 
-from .flops import native_bf16
+from .flops import emulated
 
 aten = torch.ops.aten
 
@@ -44,13 +44,12 @@ def _(grad, ids, rows, padding, scale):
 
 
 def widen_products(graph: fx.Graph) -> None:
-    """Products of bf16 in fp32, rounded after, on a CPU that has none of its own: they add up in fp32 anyway, and what
-    it does instead takes five times as long."""
+    """Products of bf16 in fp32, rounded after, where they would be emulated."""
     for node in list(graph.nodes):
         value = node.meta.get("val")
         if node.target not in (aten.mm.default, aten.addmm.default, aten.bmm.default):
             continue
-        if value.dtype != torch.bfloat16 or value.device.type != "cpu" or native_bf16():
+        if not emulated(value):
             continue
         with graph.inserting_before(node):
             wide = [n if not isinstance(n, fx.Node) else cast(graph, n, torch.float32) for n in node.args]

@@ -21,7 +21,7 @@ from ftrain.step import Recipe, make_train_step
 def make_step(work: shared.Work, mode: str = "inductor"):
     """-> (the job, step(ids [B, S]) -> (loss, norm)). Needs an initialised process group."""
     model = find_model(work.model)
-    job = make_job(model, find_plan("fsdp_sp_ep"), Mesh(work.fsdp, work.sp, work.ep), precision=work.dtype)
+    job = make_job(model, find_plan("fsdp_sp_ep"), Mesh(work.fsdp, work.sp, work.ep), precision=work.dtype, remat="selective")
     state = init_from(work.model, model, job.placements, job.device_mesh)
     adam = AdamW(work.lr, work.beta1, work.beta2, work.eps, weight_decay=0.0, clip=work.clip)
     recipe = Recipe(adam, Schedule(work.steps, "constant"))
