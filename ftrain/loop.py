@@ -86,6 +86,9 @@ def loop(
             which = f", graph {len(shapes)}" if seen else ""
             with con.phase(f"compiling the train step ({cfg.compile}{which})") if compiles else nullcontext():
                 state, metrics = train_step(state, parts, so_far)
+            if compiles:
+                program, _ = [*train_step.graph.programs.values()][-1]
+                con.info(f"the step is {program.compiled}")
             so_far = metrics["finite"]
             yield Issued(step, fetch(_numbers(metrics)), tokens, packings, len(shapes), compiles)
 

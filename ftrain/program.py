@@ -32,6 +32,12 @@ class Compiled:
     calls: int = 0
     seconds: float = 0.0
 
+    def __str__(self) -> str:
+        return (
+            f"{self.calls} calls of {self.pieces} compiled pieces with {self.kernels} kernels, made in "
+            f"{self.seconds:.1f} s, {self.cached} of them from the cache"
+        )
+
 
 class Instruction(NamedTuple):
     """call(the slots `takes`, as a list) -> what goes to the slots `gives`; those in `drops` are given up before."""
