@@ -102,6 +102,8 @@ class Compute:
 
     precision: Flat[Precision | None] = None
     """Of matrix products; weights and optimizer state stay in fp32. None: bf16 on GPU, fp32 on CPU."""
+    fp8_all_gather: Flat[bool] = False
+    """Gather the dense projections' weights as float8, in half of bf16's bytes: with --precision fp8-tensorwise."""
     compile: Flat[Literal["inductor", "aot_eager", "off"]] = "inductor"
     """The compiler's backend for the train step; off runs it operation by operation."""
     remat: Flat[Literal["none", "selective", "full"]] = "none"

@@ -21,7 +21,12 @@ LIGHT = {
     aten.permute.default, aten.split.Tensor, aten.split_with_sizes.default, aten.slice.Tensor, aten.narrow.default,
     aten.unbind.int, aten.select.int, aten.cat.default, aten.stack.default, aten.clone.default, aten._to_copy.default,
     aten.detach.default, aten.alias.default, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.constant_pad_nd.default, aten.empty_like.default,
+    aten.constant_pad_nd.default, aten.empty_like.default, aten.view.dtype,
+}  # fmt: skip
+# What makes float8 of parameters, by scales that ranks agree on, before they are gathered.
+SCALING = {
+    aten.abs.default, aten.amax.default, aten.reciprocal.default, aten.mul.Tensor, aten.clamp.default,
+    c10d.all_reduce.default, c10d.wait_tensor.default,
 }  # fmt: skip
 
 
@@ -92,13 +97,15 @@ def live(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def gather_ahead(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """Each gathering of parameters begins before the region that runs ahead of the one that needs it.
+    """Each gathering of parameters begins before the region that runs ahead of the one that needs it, and what ranks
+    agree on for it one region before that.
 
     So at most two layers are gathered at a time. A gathering that would begin where the same parameters are
     already at hand (the last layer's, between its forward and its backward) is left out.
     """
     order = list(nodes)
-    for start in [n for n in nodes if n.target is c10d.all_gather_into_tensor.default]:
+    gathers = [n for n in nodes if n.target is c10d.all_gather_into_tensor.default]
+    for start in gathers + [n for n in nodes if n.target is c10d.all_reduce.default]:
         chain = _from_parameters(start)
         if chain is None:
             continue
@@ -121,13 +128,13 @@ def gather_ahead(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def _from_parameters(start: fx.Node) -> set[fx.Node] | None:
-    """What a collective's input is made of, where that is inputs of the graph alone, moved and cast."""
+    """What a collective's input is made of, where that is inputs of the graph alone, moved, cast and scaled."""
     found, stack = set(), list(start.all_input_nodes)
     while stack:
         node = stack.pop()
         if node.op == "placeholder" or node in found:
             continue
-        if not is_light(node):
+        if not (is_light(node) or node.target in SCALING):
             return None
         found.add(node)
         stack += node.all_input_nodes
