@@ -246,11 +246,14 @@ def from_json(text: str, where: str = "config") -> TrainConfig:
         if key not in known:
             raise ValueError(f"{where} has an unknown key {key!r}{did_you_mean(key, known)}")
     # Through the flags, so that a file's values are held to the same types.
-    return parse([part for key, value in named.items() for part in (flag(key), *_words(value))])
+    return parse([part for key, value in named.items() for part in _words(key, value)])
 
 
-def _words(value) -> list[str]:
-    return [str(v) for v in value] if isinstance(value, list) else [str(value)]
+def _words(name: str, value) -> list[str]:
+    """A field as it would be typed."""
+    if isinstance(value, bool) and isinstance(getattr(TrainConfig, name, None), bool):
+        return [flag(name if value else f"no_{name}")]
+    return [flag(name), *map(str, value if isinstance(value, list) else [value])]
 
 
 def load(path: str) -> TrainConfig:

@@ -1,5 +1,6 @@
 """Weights gathered as float8: the run of the same recipe that gathers them in bf16, bit for bit, in fewer bytes."""
 
+import json
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -12,7 +13,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 from ftrain import graph, precision
 from ftrain.collectives import Group
-from ftrain.config import parse
+from ftrain.config import TrainConfig, from_json, parse, to_json
 from ftrain.equivalence import Run, random_batch, run_mesh, run_rank
 from ftrain.groups import regrouped
 from ftrain.job import make_job
@@ -64,8 +65,9 @@ def unequal(a: Run, b: Run) -> list[str]:
 def test_linear_quantises_to_the_same_bits_and_scale(seed, size, spread, shape):
     """Of weights of any size, outliers among them: what is not the same bit for bit was not the same float8."""
     generator = torch.Generator().manual_seed(seed)
-    w = torch.randn(shape, generator=generator) * 10 ** (spread * torch.rand(shape, generator=generator) + size - spread)
-    w, x = w.bfloat16(), torch.randn(7, shape[1], generator=generator).bfloat16()
+    magnitude = size - spread * torch.rand(shape, generator=generator)
+    w = (torch.randn(shape, generator=generator) * 10**magnitude).bfloat16()
+    x = torch.randn(7, shape[1], generator=generator).bfloat16()
     bias = torch.randn(5, generator=generator).bfloat16()
     flags = (False, True)
     rows = pack([bias, w.flatten()], flags, Group("", 1, 0))[None]
@@ -230,7 +232,8 @@ def test_captured_is_eager(tmp_path):
 
 def test_only_what_linear_alone_reads():
     """A weight that is read otherwise too must be whole: tied, transposed, an expert's."""
-    shapes = {"a": (32, 32), "tied": (128, 32), "turned": (32, 32), "odd": (32, 40), "both": (4, 32, 32), "cast": (32, 32)}
+    shapes = {"tied": (128, 32), "odd": (32, 40), "both": (4, 32, 32)}
+    shapes |= dict.fromkeys(("a", "turned", "cast"), (32, 32))
     specs = {name: ParamSpec(shape, normal(0.02)) for name, shape in shapes.items()}
 
     def forward(p, batch, ops):
@@ -261,3 +264,9 @@ def test_other_precisions_are_refused(other, one_rank):
 
 def test_the_flag():
     assert not parse([]).fp8_all_gather and parse(["--fp8-all-gather"]).fp8_all_gather
+    for on in (False, True):
+        cfg = TrainConfig(fp8_all_gather=on)
+        assert from_json(to_json(cfg)) == cfg
+    for key, value in {"fp8_all_gather": "maybe", "steps": True}.items():
+        with pytest.raises(SystemExit):
+            from_json(json.dumps({key: value}))
