@@ -196,7 +196,8 @@ def captured_rank(rank, folder):
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     found = {}
     for family, model, plan, mesh in CAPTURED:
-        runs = [run_rank(model, find_plan(plan), mesh, batches(), mode=mode, **FLOAT8) for mode in ("off", "aot_eager")]
+        plan, data = find_plan(plan), batches(1)
+        runs = [run_rank(model, plan, mesh, data, mode=mode, **FLOAT8) for mode in ("off", "aot_eager")]
         nodes = programs[-1].nodes  # of the step
         gathers = [n for n in nodes if n.target is c10d.all_gather_into_tensor.default]
         gathers = [n for n in gathers if n.meta["val"].dtype == torch.uint8]
@@ -210,7 +211,7 @@ def captured_rank(rank, folder):
 c10d = torch.ops._c10d_functional
 CAPTURED = [
     ("qwen3", find_model(DENSE.hf | {"num_hidden_layers": 3}), "fsdp", Mesh(2, 1, 1)),
-    ("qwen3_moe", MODEL, "fsdp_ep", Mesh(1, 1, 2)),
+    ("qwen3_moe", find_model(CONFIG | {"num_hidden_layers": 1, "mlp_only_layers": []}), "fsdp_ep", Mesh(1, 1, 2)),
 ]
 
 
