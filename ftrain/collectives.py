@@ -46,9 +46,9 @@ def reduce_scatter(x: Tensor, group: Group) -> Tensor:
     return c10d.wait_tensor(flat).view(x.shape[1:])
 
 
-def all_reduce(x: Tensor, group: Group) -> Tensor:
-    """The sum over ranks, on every rank."""
-    return x if group.size == 1 else c10d.wait_tensor(c10d.all_reduce(x.contiguous(), "sum", group.name))
+def all_reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
+    """The sum (or "max") over ranks, on every rank."""
+    return x if group.size == 1 else c10d.wait_tensor(c10d.all_reduce(x.contiguous(), op, group.name))
 
 
 class AllToAll(torch.autograd.Function):

@@ -102,6 +102,8 @@ class Compute:
 
     precision: Flat[Precision | None] = None
     """Of matrix products; weights stay in fp32. None: bf16 on GPU, fp32 on CPU."""
+    fp8_all_gather: Flat[bool] = False
+    """Gather the dense projections' weights as float8, in half of bf16's bytes: with --precision fp8-tensorwise."""
     compile: Flat[Literal["inductor", "aot_eager", "off"]] = "inductor"
     """The compiler's backend for the train step; off runs it operation by operation."""
     remat: Flat[Literal["none", "selective", "full", "offload"]] = "selective"
@@ -247,11 +249,14 @@ def from_json(text: str, where: str = "config") -> TrainConfig:
         if key not in known:
             raise ValueError(f"{where} has an unknown key {key!r}{did_you_mean(key, known)}")
     # Through the flags, so that a file's values are held to the same types.
-    return parse([part for key, value in named.items() for part in (flag(key), *_words(value))])
+    return parse([part for key, value in named.items() for part in _words(key, value)])
 
 
-def _words(value) -> list[str]:
-    return [str(v) for v in value] if isinstance(value, list) else [str(value)]
+def _words(name: str, value) -> list[str]:
+    """A field as it would be typed."""
+    if isinstance(value, bool) and isinstance(getattr(TrainConfig, name, None), bool):
+        return [flag(name if value else f"no_{name}")]
+    return [flag(name), *map(str, value if isinstance(value, list) else [value])]
 
 
 def load(path: str) -> TrainConfig:

@@ -228,14 +228,14 @@ def run_mesh(
 
 def run_rank(
     model: Model, plan: Plan, mesh: Mesh, batches: Sequence[Batch], recipe: Recipe = RECIPE, *,
-    replica: int = 1, remat: str = "none", accumulate: int = 1, mode: str = "off", kept: str = "fp32",
+    replica: int = 1, remat: str = "none", accumulate: int = 1, mode: str = "off", kept: str = "fp32", **how,
 ) -> Run:  # fmt: skip
-    """One step on each batch. Needs an initialised process group; every rank must call it.
+    """One step on each batch. Needs an initialised process group; every rank must call it. how: as `make_job` takes it.
 
     Traffic is counted where nothing is compiled (mode "off").
     Raises ValueError where model, plan and mesh do not fit each other, and Misplaced.
     """
-    job = make_job(model, plan, mesh, replica, remat=remat)
+    job = make_job(model, plan, mesh, replica, remat=remat, **how)
     state = make_state(
         model.specs, job.placements, job.device_mesh, lambda name, spec, slices: values(name, spec)[slices], kept
     )

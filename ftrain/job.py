@@ -16,7 +16,7 @@ from .model import Model
 from .ops import Ops, plain
 from .parallel import Sharding, parallel_ops, shard_model
 from .plan import Plan, ask, over_replicas
-from .precision import compute_dtype, grouped_mm_for, linear_for
+from .precision import compute_dtype, grouped_mm_for, linear_for, sent_in_float8
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,17 @@ class Job:
 
 def make_job(
     model: Model, plan: Plan, mesh: Mesh, replica: int = 1, *,
-    device_type: str = "cpu", precision: str = "fp32", remat: str = "none",
+    device_type: str = "cpu", precision: str = "fp32", remat: str = "none", fp8_all_gather: bool = False,
 ) -> Job:  # fmt: skip
     """Needs an initialised process group of mesh.size * replica ranks; every rank must call it.
 
-    Raises ValueError where model, plan and mesh do not fit each other.
+    fp8_all_gather: the weights that `linear` quantises are gathered as float8.
+    Raises ValueError where model, plan and mesh do not fit each other, or fp8_all_gather and the precision.
     """
+    float8 = sent_in_float8(model, precision) if fp8_all_gather else ()
     placements = over_replicas(ask(plan, model.specs, mesh), replica)
     devices = device_mesh(mesh, replica, device_type)
-    sharding = shard_model(model.specs, placements, devices, compute_dtype(precision))
+    sharding = shard_model(model.specs, placements, devices, compute_dtype(precision), float8)
     ops = replace(plain(), linear=linear_for(precision), **attention_for(device_type, compute_dtype(precision)))
     ops = parallel_ops(ops, sharding, remat, grouped_mm_for(precision))
     rank, ranks = 0, 1

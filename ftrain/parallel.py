@@ -5,7 +5,7 @@
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, product
@@ -19,6 +19,7 @@ from .collectives import Group, all_gather, all_reduce, all_to_all, all_to_all_e
 from .experts import combine, grouped_mlp, permute, sort_by_expert
 from .layout import Pieces, Placements
 from .ops import Ops
+from .precision import pack, unpack
 from .region import Weights, capturing, differentiable
 from .remat import naming_changes, remat
 from .specs import Specs
@@ -30,6 +31,7 @@ class Bucket:
 
     gather: the ranks that hold the other pieces. reduce: the ranks that hold copies of this
     rank's pieces, over which gradients are summed besides. learns: False where all are frozen.
+    float8: of each parameter, whether it is gathered in float8 (precision.py).
     """
 
     names: tuple[str, ...]
@@ -38,24 +40,27 @@ class Bucket:
     reduce: Group
     dtype: torch.dtype
     learns: bool
+    float8: tuple[bool, ...]
 
     @property
     def layout(self) -> tuple:
         """Equal for buckets that do the same, of other parameters."""
         pieces = tuple((p.shape, p.dims, p.sizes) for p in self.pieces)
-        return pieces, self.gather, self.reduce, self.dtype, self.learns
+        return pieces, self.gather, self.reduce, self.dtype, self.learns, self.float8
 
     def start(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """This rank's pieces -> all ranks', in the compute dtype, as `assemble` takes them."""
+        """This rank's pieces -> all ranks', in the dtype they are sent in, as `assemble` takes them."""
         if self.gather.size == 1:
             return list(shards)
-        return [all_gather(torch.cat([p.pad(s.to(self.dtype)) for p, s in zip(self.pieces, shards)]), self.gather)]
+        own = [p.pad(s.to(self.dtype)) for p, s in zip(self.pieces, shards)]
+        return [all_gather(pack(own, self.float8, self.gather) if any(self.float8) else torch.cat(own), self.gather)]
 
     def assemble(self, gathered: Sequence[Tensor]) -> list[Tensor]:
         """-> the whole parameters, in the compute dtype."""
         if self.gather.size == 1:
             return [s.to(self.dtype) for s in gathered]
-        parts = gathered[0].split([p.numel for p in self.pieces], 1)
+        [rows], lengths = gathered, [p.numel for p in self.pieces]
+        parts = unpack(rows, lengths, self.float8, self.dtype) if any(self.float8) else rows.split(lengths, 1)
         return [p.assemble(part) for p, part in zip(self.pieces, parts)]
 
     def take_apart(self, grads: Sequence[Tensor]) -> list[Tensor]:
@@ -142,9 +147,12 @@ def group_key(name: str) -> str:
     return match.group() if match else name
 
 
-def shard_model(specs: Specs, placements: Placements, mesh: DeviceMesh, dtype: torch.dtype) -> Sharding:
+def shard_model(
+    specs: Specs, placements: Placements, mesh: DeviceMesh, dtype: torch.dtype, float8: Collection[str] = ()
+) -> Sharding:
     """Group the parameters into buckets, and make the process groups they need.
 
+    dtype: what is gathered, but for the parameters named in `float8`.
     Raises ValueError where the placements of experts cannot be served.
     """
     axes = mesh.mesh_dim_names
@@ -172,7 +180,8 @@ def shard_model(specs: Specs, placements: Placements, mesh: DeviceMesh, dtype: t
             pieces.append(Pieces(shape, dims, [sizes[a] for a in gather]))
         reduce = group_over(mesh, copied)
         copies.update(dict.fromkeys(names, reduce.size))
-        bucket = Bucket(tuple(names), tuple(pieces), group_over(mesh, gather), reduce, dtype, not frozen)
+        narrow = tuple(name in float8 for name in names)
+        bucket = Bucket(tuple(names), tuple(pieces), group_over(mesh, gather), reduce, dtype, not frozen, narrow)
         buckets[key] = (*buckets.get(key, ()), bucket)
     return Sharding(
         mesh, placements, copies, buckets, slots,

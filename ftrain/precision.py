@@ -16,13 +16,16 @@ import contextlib
 import dataclasses
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from .collectives import Group, all_reduce
 from .experts import grouped_mm, grouped_outer
 from .items import on_one_device
 from .model import Model, example
@@ -229,6 +232,67 @@ def _torchao_matmul(recipe: str) -> tuple:
     return matmul_with_hp_or_float8_args.apply, products, config
 
 
+# ---- Weights on their way between ranks
+
+
+def sent_in_float8(model: Model, precision: str) -> frozenset[str]:
+    """Names of the parameters that can be gathered as float8: those that `linear` quantises and nothing else reads.
+
+    Not the experts: their products scale them by rows in the forward and by columns in the backward.
+    Raises ValueError for a precision in which linear's weights do not have one scale.
+    """
+    _known(precision)
+    if precision != "fp8-tensorwise":
+        why = ": it scales a weight by rows and by columns, and one float8 copy is not both" * (precision in RECIPES)
+        raise ValueError(f"--fp8-all-gather cannot be had with --precision {precision}{why}; valid is fp8-tensorwise")
+    use = _watch(model)
+    return frozenset(n for n in use.linear - use.experts - use.otherwise if fits(model.specs[n].shape))
+
+
+def pack(parts: Sequence[Tensor], float8: Sequence[bool], group: Group) -> Tensor:
+    """A rank's parts [numel] in the compute dtype -> [bytes]: maxima, then the other parts, then those in float8.
+
+    The maximum of each part in float8 is taken over the group, by one all-reduce: with it all scale alike.
+    """
+    from torchao.float8.float8_utils import to_fp8_saturated
+
+    wide = [part for part, is_narrow in zip(parts, float8) if not is_narrow]
+    narrow = [part for part, is_narrow in zip(parts, float8) if is_narrow]
+    amax = all_reduce(torch.stack([part.abs().amax() for part in narrow]).float(), group, "max")
+    dtype, scales = _e4m3(amax)
+    narrow = [to_fp8_saturated(part.float() * scale, dtype) for part, scale in zip(narrow, scales)]
+    flat = torch.cat([part.view(torch.uint8) for part in (amax, *wide, *narrow)])
+    short = -flat.shape[0] % 4  # so that every row begins aligned
+    return F.pad(flat, (0, short)) if short else flat
+
+
+def unpack(rows: Tensor, lengths: Sequence[int], float8: Sequence[bool], dtype: torch.dtype) -> list[Tensor]:
+    """[ranks, bytes] of all ranks' `pack` -> for each part [ranks, numel] in the compute dtype, bf16.
+
+    `linear` quantises these to the same bits, with the same scale, as it would the weights that they were. For q, the
+    float8 value of w: q / scale in bf16 is off by 2^-9 of itself at most, and float8's values are 2^-4 apart at least,
+    so that it falls on q again. The largest becomes 448, and 448 / scale is the maximum, which had been in bf16.
+    """
+    wide = [n for n, is_narrow in zip(lengths, float8) if not is_narrow]
+    narrow = [n for n, is_narrow in zip(lengths, float8) if is_narrow]
+    sizes = [4 * len(narrow), dtype.itemsize * sum(wide), sum(narrow)]
+    amax, high, low, _ = rows.split([*sizes, rows.shape[1] - sum(sizes)], 1)
+    e4m3, scales = _e4m3(amax[0].view(torch.float32))  # all ranks' are the same
+    found = {
+        False: iter(high.view(dtype).split(wide, 1)),
+        True: iter((q.float() / scale).to(dtype) for q, scale in zip(low.view(e4m3).split(narrow, 1), scales)),
+    }
+    return [next(found[is_narrow]) for is_narrow in float8]
+
+
+def _e4m3(amax: Tensor) -> tuple[torch.dtype, tuple[Tensor, ...]]:
+    """The dtype, of which GPUs have one or another, and the scales of tensors with these maxima."""
+    from torchao.float8.config import e4m3_dtype
+    from torchao.float8.float8_utils import amax_to_scale
+
+    return e4m3_dtype, amax_to_scale(amax, e4m3_dtype).unbind()
+
+
 # ---- What the run says of it
 
 
@@ -241,7 +305,38 @@ class Fp8Report(NamedTuple):
 
 
 def fp8_report(model: Model) -> Fp8Report:
-    """Which parameters an fp8 recipe quantises, found by watching which ones the model hands to `ops`.
+    """Which parameters an fp8 recipe quantises."""
+    use, specs = _watch(model), model.specs
+    multiplied = use.linear | use.experts
+    return Fp8Report(
+        tuple(name for name in specs if name in multiplied and fits(specs[name].shape)),
+        tuple(name for name in specs if name in multiplied and not fits(specs[name].shape)),
+        tuple(name for name in specs if name not in multiplied),
+    )
+
+
+class _Use(NamedTuple):
+    """Names of parameters, by who reads them: `ops.linear`, `ops.experts`, others. Some are in several."""
+
+    linear: frozenset[str]
+    experts: frozenset[str]
+    otherwise: frozenset[str]
+
+
+class _Reads(TorchDispatchMode):
+    """Notes all operators' arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.seen.update(map(id, tree_leaves((args, kwargs))))
+        return op(*args, **(kwargs or {}))
+
+
+def _watch(model: Model) -> _Use:
+    """How a model uses its parameters, found by watching which ones it hands to `ops`.
 
     The forward is traced on shapes alone: no memory, no arithmetic.
     """
@@ -249,14 +344,14 @@ def fp8_report(model: Model) -> Fp8Report:
 
     from .ops import plain
 
-    multiplied = set()
+    by_linear, by_experts, reads = set(), set(), _Reads()
 
     def linear(x, w, b=None):
-        multiplied.add(id(w))
-        return F.linear(x, w, b)
+        by_linear.add(id(w))
+        return x.new_empty(*x.shape[:-1], w.shape[0])
 
     def experts(x, weight, index, gate, up, down):
-        multiplied.update(map(id, (gate, up, down)))
+        by_experts.update(map(id, (gate, up, down)))
         return x
 
     def attention(q, k, v, mask):
@@ -265,16 +360,13 @@ def fp8_report(model: Model) -> Fp8Report:
     ops = dataclasses.replace(
         plain(), linear=linear, experts=experts, attention=attention, local_attention=attention
     )
-    specs, batch = model.specs, on_one_device(example(model), model.blanks)
+    batch = on_one_device(example(model), model.blanks)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        p = {name: torch.empty(spec.shape) for name, spec in specs.items()}
-        model.forward(p, batch, ops)
-    through = [name for name, t in p.items() if id(t) in multiplied]
-    return Fp8Report(
-        tuple(name for name in through if fits(specs[name].shape)),
-        tuple(name for name in through if not fits(specs[name].shape)),
-        tuple(name for name, t in p.items() if id(t) not in multiplied),
-    )
+        p = {name: torch.empty(spec.shape) for name, spec in model.specs.items()}
+        with reads:
+            out = model.forward(p, batch, ops)
+    reads.seen.update(map(id, tree_leaves(out)))
+    return _Use(*(frozenset(n for n, t in p.items() if id(t) in ids) for ids in (by_linear, by_experts, reads.seen)))
 
 
 def by_layer(names: tuple[str, ...]) -> dict[str, int]:

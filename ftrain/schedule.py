@@ -23,7 +23,12 @@ LIGHT = {
     aten.permute.default, aten.split.Tensor, aten.split_with_sizes.default, aten.slice.Tensor, aten.narrow.default,
     aten.unbind.int, aten.select.int, aten.cat.default, aten.stack.default, aten.clone.default, aten._to_copy.default,
     aten.detach.default, aten.alias.default, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.constant_pad_nd.default, aten.empty_like.default,
+    aten.constant_pad_nd.default, aten.empty_like.default, aten.view.dtype,
+}  # fmt: skip
+# What makes float8 of parameters, by scales that ranks agree on, before they are gathered.
+SCALING = {
+    aten.abs.default, aten.amax.default, aten.reciprocal.default, aten.mul.Tensor, aten.clamp.default,
+    c10d.all_reduce.default, c10d.wait_tensor.default,
 }  # fmt: skip
 
 
@@ -108,13 +113,14 @@ def live(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 def gather_ahead(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     """Each gathering of parameters, and what comes back from the host, begins before the region that runs ahead of
-    the one that needs it.
+    the one that needs it, and what ranks agree on for a gathering one region before that.
 
     So at most two layers are gathered at a time. A gathering that would begin where the same parameters are
     already at hand (the last layer's, between its forward and its backward) is left out.
     """
     order = list(nodes)
-    for start in [n for n in nodes if n.target in (c10d.all_gather_into_tensor.default, to_device)]:
+    gathers = [n for n in nodes if n.target in (c10d.all_gather_into_tensor.default, to_device)]
+    for start in gathers + [n for n in nodes if n.target is c10d.all_reduce.default]:
         chain = set() if start.target is to_device else _from_parameters(start)
         if chain is None:
             continue
@@ -143,7 +149,8 @@ def one_by_one(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     held: list[fx.Node] = []
     for node in nodes:
         on_held = any(m in held for m in node.all_input_nodes)
-        if (is_start(node) and any(map(is_wait, _moved(node)))) or (on_held and (is_wait(node) or is_light(node))):
+        chained = is_start(node) and any(map(is_wait, _moved(node))) and _from_parameters(node) is None
+        if chained or (on_held and (is_wait(node) or is_light(node))):
             held.append(node)
             continue
         if node.op == "output" or mutates(node) or on_held:
@@ -168,13 +175,13 @@ def _moved(start: fx.Node) -> set[fx.Node]:
 
 
 def _from_parameters(start: fx.Node) -> set[fx.Node] | None:
-    """What a collective's input is made of, where that is inputs of the graph alone, moved and cast."""
+    """What a collective's input is made of, where that is inputs of the graph alone, moved, cast and scaled."""
     found, stack = set(), list(start.all_input_nodes)
     while stack:
         node = stack.pop()
         if node.op == "placeholder" or node in found:
             continue
-        if not is_light(node):
+        if not (is_light(node) or node.target in SCALING):
             return None
         found.add(node)
         stack += node.all_input_nodes

@@ -60,7 +60,7 @@ def _run(cfg: TrainConfig, process: launch.Process, con: Console) -> None:
     model = replace(model, specs=regrouped(model.specs, cfg.freeze, factors(cfg.lr_factor)))
     job = make_job(
         model, find_plan(cfg.plan), mesh, cfg.mesh.replica,
-        device_type=process.device.type, precision=cfg.precision, remat=cfg.remat,
+        device_type=process.device.type, precision=cfg.precision, remat=cfg.remat, fp8_all_gather=cfg.fp8_all_gather,
     )  # fmt: skip
     directories = (cfg.tokenizer, cfg.init, which, model.hf.get("weights"))
     source = next((Path(d) for d in directories if isinstance(d, str) and Path(d).is_dir()), None)
