@@ -5,7 +5,7 @@ operators, and what layers recompute stands in the graph where it runs. Layers a
 is put in order (schedule.py), and each of its distinct pieces is compiled once (program.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ MODES = ("inductor", "aot_eager", "off")
 class OneGraph:
     """`fn` as one graph, captured and compiled at its first call, and again for other shapes.
 
-    programs: what was captured, by the shapes.
+    programs: what was captured, by the `layout` of its arguments.
     """
 
     def __init__(self, fn: Callable, mode: str):
@@ -38,7 +38,7 @@ class OneGraph:
         return self._program(*tree_flatten(args))[0]
 
     def _program(self, flat: list[Tensor], tree) -> tuple[Program, object]:
-        key = (tree, *((t.shape, t.dtype) for t in flat))
+        key = (tree, layout(flat))
         if key not in self.programs:
             self.programs[key] = self._capture(flat, tree)
         return self.programs[key]
@@ -55,6 +55,16 @@ class OneGraph:
         with torch.compiler._non_strict_tracing_context():
             graph = make_fx(flat_fn, tracing_mode="fake")(*flat)
         return Program(graph, self.mode), result[0]
+
+
+def layout(tensors: Sequence[Tensor]) -> tuple:
+    """What one graph serves: shapes, strides, dtypes, and which arguments are one tensor (of two that are, the capture
+    takes the first for both)."""
+    first: dict[int, int] = {}
+    return tuple(
+        (t.shape, tuple(stride for stride, n in zip(t.stride(), t.shape) if n > 1), t.dtype, first.setdefault(id(t), i))
+        for i, t in enumerate(tensors)
+    )
 
 
 def one_graph(fn: Callable, mode: str) -> Callable:

@@ -47,6 +47,8 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        if torch.is_grad_enabled():
+            raise NotImplementedError("gradients of gradients: the loss has none, its gradient is made in the forward")
         d_hidden, d_unembedding = ctx.saved_tensors
         if d_unembedding is not None:
             d_unembedding = (d_unembedding * grad).to(ctx.dtype)

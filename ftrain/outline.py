@@ -1,7 +1,7 @@
 """Whether a function does the same as it did before, found out in a fraction of the time that a trace takes.
 
-Its operators are noted as they run on fake tensors, with all arguments, and then the graph that autograd made of them:
-two functions with one outline have the same forward and the same backward, whatever Python wrote them.
+Its operators and those of its gradient are noted as they run on fake tensors, with all arguments: two functions with
+one outline have the same forward and the same backward, whatever Python (hooks, autograd.Functions) made of them.
 """
 
 import re
@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 
 class Outline(NamedTuple):
@@ -24,12 +25,27 @@ class Outline(NamedTuple):
     outside: list[Tensor]
 
 
+def exact(value: Hashable) -> tuple:
+    """Equal where values are the same argument: 1, 1.0 and True are not, nor are 0.0 and -0.0."""
+    return type(value).__name__, value.hex() if isinstance(value, float) else value
+
+
+def constant(t: Tensor) -> tuple:
+    """What equal constants have in common."""
+    with unset_fake_temporarily():
+        return t.dtype, tuple(t.shape), tuple(map(exact, t.flatten().tolist()))
+
+
+SYMBOL = re.compile(r"\b[a-z]+\d+\b")
+
+
 class _Noting(TorchDispatchMode):
     def __init__(self, inputs: Sequence[Tensor]):
         super().__init__()
         self.number = {id(t): i for i, t in enumerate(inputs)}
         self.kept: list[Any] = list(inputs)  # alive, so that no other tensor gets their ids
-        self.symbols: dict[str, int] = {}
+        self.given = [(t, t._version) for t in inputs]
+        self.symbols: dict[str, int | str] = {}
         self.rows: list[tuple] = []
         self.outside: list[Tensor] = []
 
@@ -39,6 +55,7 @@ class _Noting(TorchDispatchMode):
                 self.number[id(value)] = len(self.number)
                 self.kept.append(value)
                 self.outside.append(value)
+                self.given.append((value, value._version))
                 self.rows.append(("outside", len(self.outside), *self.kind(value)))
             return ("tensor", self.number[id(value)])
         if isinstance(value, (list, tuple)):
@@ -50,61 +67,50 @@ class _Noting(TorchDispatchMode):
         if not isinstance(value, Hashable):
             self.kept.append(value)
             return ("object", id(value))
-        return (type(value).__name__, value)  # 1, 1.0 and True are not the same argument
+        return exact(value)
 
     def renamed(self, value: Any) -> str:
-        return re.sub(r"[us]\d+", lambda m: f"#{self.symbols.setdefault(m[0], len(self.symbols))}", str(value))
+        return SYMBOL.sub(lambda m: f"#{self.symbols.setdefault(m[0], len(self.symbols))}", str(value))
 
     def kind(self, t: Tensor) -> tuple:
+        for name in SYMBOL.findall(str([*t.shape, *t.stride()])):
+            self.symbols[name] = name  # of the graph around: no other will do
         sizes = self.renamed([*t.shape, *t.stride()])
-        values = tuple(t.flatten().tolist()) if type(t) is Tensor else None  # a constant
+        values = None if isinstance(t, FakeTensor) else constant(t)
         return sizes, t.dtype, t.device, t.requires_grad, values
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
-        self.rows.append((op, self.of(args), self.of(kwargs or {})))
+        row: tuple = (op, self.of(args), self.of(kwargs or {}))
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and id(t) not in self.number:
                 self.number[id(t)] = len(self.number)
                 self.kept.append(t)
+            elif not isinstance(t, Tensor):
+                row += (self.of(t),)  # a size: which one is known by where it came from
+        self.rows.append(row)
         return out
 
 
 def outline(fn: Callable, inputs: Sequence[Tensor]) -> Outline:
-    """Of `fn(*inputs)`, a pytree of tensors, with the gradients that the inputs' requires_grad asks for."""
+    """Of `fn(*inputs)`, a pytree of tensors, with the gradients that the inputs' requires_grad asks for.
+
+    Raises ValueError where it changes what it did not make: recomputed, it would do so twice.
+    """
     noting = _Noting(inputs)
     noting.rows.append(tuple(noting.kind(t) for t in inputs))
     fake = detect_fake_mode(list(inputs))
     fresh = fake.shape_env.ignore_fresh_unbacked_symbols() if fake and fake.shape_env else nullcontext()
     with fresh, noting:
-        result = fn(*inputs)
-    noting.rows.append(tree_map(str, tree_map(noting.of, result)).__repr__())
-    noting.rows += _backward(noting, [t for t in tree_leaves(result) if isinstance(t, Tensor)], inputs)
+        leaves, spec = tree_flatten(fn(*inputs))
+        noting.rows.append((spec, noting.of(leaves)))
+        ends = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+        learning = [t for t in (*inputs, *noting.outside) if t.requires_grad]
+        if ends and learning:
+            above = [torch.empty_like(t) for t in ends]
+            noting.rows.append(noting.of(torch.autograd.grad(ends, learning, above, allow_unused=True)))
+    for t, version in noting.given:
+        if t._version != version:
+            kind = f"tensor of {t.dtype} {tuple(t.shape)}"
+            raise ValueError(f"a {kind} that comes from outside the layer is changed in place there: return it instead")
     return Outline(tuple(noting.rows), noting.outside)
-
-
-def _backward(noting: _Noting, ends: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[tuple]:
-    """The graph of autograd's nodes from `ends` back to where the function began."""
-    begin = {id(t.grad_fn): ("outside", i) for i, t in enumerate(noting.outside) if t.grad_fn is not None}
-    leaves = {id(t): i for i, t in enumerate([*inputs, *noting.outside])}
-    number: dict[Any, int] = {}
-    rows: list[tuple] = [tuple(None if t.grad_fn is None else t.output_nr for t in ends)]
-    stack = [t.grad_fn for t in reversed(ends) if t.grad_fn is not None]
-    while stack:
-        node = stack.pop()
-        if node in number:
-            continue
-        number[node] = len(number)
-        if id(node) in begin:
-            rows.append(begin[id(node)])
-            continue
-        row: tuple = (type(node).__qualname__, node.name())
-        if hasattr(node, "variable"):
-            row += (leaves.get(id(node.variable), "constant"),)
-        # What a Function of Python's noted on its ctx for the backward.
-        row += tuple((k, noting.of(v)) for k, v in sorted(getattr(node, "__dict__", {}).items()))
-        nexts = [n for n, _ in node.next_functions]
-        rows.append((*row, tuple(i for _, i in node.next_functions), tuple(n is None for n in nexts)))
-        stack += [n for n in reversed(nexts) if n is not None]
-        rows.append(tuple(number[n] for n in nexts if n in number))
-    return rows

@@ -63,6 +63,11 @@ class Bucket:
         parts = unpack(rows, lengths, self.float8, self.dtype) if any(self.float8) else rows.split(lengths, 1)
         return [p.assemble(part) for p, part in zip(self.pieces, parts)]
 
+    def filled(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
+        """Zeros for those that are missing, as autograd gives them to `Gather`. One at least is there."""
+        like = next(g for g in grads if g is not None)
+        return [like.new_zeros(p.shape) if g is None else g for p, g in zip(self.pieces, grads)]
+
     def take_apart(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """Gradients of the whole parameters -> what `finish` sums over the ranks, in fp32."""
         if self.gather.size == self.reduce.size == 1:
@@ -111,13 +116,19 @@ def gathering(buckets: Sequence[Bucket], shards: Mapping[str, Tensor]) -> Weight
         return [t for bucket, own in zip(buckets, cut(gathered, rows)) for t in bucket.assemble(own)]
 
     def take_apart(grads):
-        return [g for bucket, own in zip(buckets, cut(grads, sizes)) if bucket.learns for g in bucket.take_apart(own)]
+        learned = [(bucket, own) for bucket, own in zip(buckets, cut(grads, sizes)) if bucket.learns]
+        rows = [[None] * n if none(own) else b.take_apart(b.filled(own)) for (b, own), n in zip(learned, sums)]
+        return [row for of_bucket in rows for row in of_bucket]
 
     def finish(rows):
-        found = dict(zip(learning, (b.finish(own) for b, own in zip(learning, cut(rows, sums)))))
+        found = {b: b.finish(own) for b, own in zip(learning, cut(rows, sums)) if not none(own)}
         return [g for bucket in buckets for g in found.get(bucket, [None] * len(bucket.names))]
 
-    return Weights(tuple(bucket.layout for bucket in buckets), mine, start, assemble, take_apart, finish)
+    def none(grads):
+        return all(g is None for g in grads)
+
+    layout = tuple(bucket.layout for bucket in buckets)
+    return Weights(layout, mine, start, assemble, take_apart, finish, sum(sums))
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing, get_proxy_mode, has_proxy_slot, make_fx, track_tensor_tree,
 )  # fmt: skip
+from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .offload import arrived, to_device, to_host
-from .outline import outline
+from .outline import constant, exact, outline
 
 aten = torch.ops.aten
 
@@ -43,16 +44,18 @@ class Weights(NamedTuple):
 
     start: shards -> what was gathered, by collectives of the graph around; once for the forward and once for the
     backward, so that nothing gathered is kept. assemble: that -> the parameters, within the region. take_apart:
-    gradients of the parameters (None where there is none) -> what is to be reduced, within the region.
-    finish: that -> gradients of the shards. layout: equal where these functions do the same.
+    gradients of the parameters -> what is to be reduced, within the region, `rows` in number. finish: that ->
+    gradients of the shards. None stands for a gradient that there is none of. layout: equal where these functions do
+    the same.
     """
 
     layout: tuple
     shards: Sequence[Tensor]
     start: Callable[[Sequence[Tensor]], list[Tensor]]
     assemble: Callable[[Sequence[Tensor]], list[Tensor]]
-    take_apart: Callable[[Sequence[Tensor | None]], list[Tensor]]
-    finish: Callable[[Sequence[Tensor]], list[Tensor | None]]
+    take_apart: Callable[[Sequence[Tensor | None]], list[Tensor | None]]
+    finish: Callable[[Sequence[Tensor | None]], list[Tensor | None]]
+    rows: int
 
 
 def differentiable(
@@ -61,7 +64,7 @@ def differentiable(
 ) -> Any:  # fmt: skip
     """`fn(x, *parameters)` as a region, with a region for its gradient.
 
-    fn: returns a pytree of tensors and None. Tensors that it takes from around itself become inputs too.
+    fn: returns a pytree. Tensors that it takes from around itself become inputs too.
     keep: what makes of fn a function that recomputes some of it in its backward.
     learn: which of the parameters have a gradient. known: what was captured before; what does the same is not
     captured again. offload: whether what is left for the backward waits on the host.
@@ -73,7 +76,13 @@ def differentiable(
         outs, _ = _emit(pair.forward, _proxies([x, *gathered, *pair.closures]), len(pair.differentiable))
     else:
         outs = _Differentiable.apply(pair, gathered, weights, offload, x, *weights.shards, *pair.closures)
-    return tree_unflatten([None if i is None else outs[i] for i in pair.places], pair.spec)
+    return tree_unflatten([outs[at.index] if isinstance(at, _Output) else at for at in pair.leaves], pair.spec)
+
+
+class _Output(NamedTuple):
+    """A tensor among the outputs of a region."""
+
+    index: int
 
 
 class _Pair(NamedTuple):
@@ -88,7 +97,7 @@ class _Pair(NamedTuple):
     backward: Region | None
     closures: list[Tensor]
     differentiable: list[bool]  # of each output
-    places: list[int | None]  # of each leaf of what the function returns, its output
+    leaves: list[Any]  # of what the function returns: an _Output, or what is no tensor
     spec: Any
     wants: list[tuple[str, int]]
     gives: list[tuple[str, int]]
@@ -112,9 +121,26 @@ def _known(
     if key not in known:
         pair = _capture(keep(fn), name, x, gathered, weights, learn)
         places = {id(t): i for i, t in enumerate(found.outside)}
+        if _sizes(_values(pair)) - _sizes([x, *gathered, *found.outside]):
+            return pair  # sizes of its own: another layer's may be others
         known[key] = pair, [places[id(t)] for t in pair.closures]
     pair, order = known[key]
     return pair._replace(closures=[found.outside[i] for i in order])
+
+
+def _values(pair: _Pair) -> list:
+    """What the regions give to the graph around, as fake tensors."""
+    outputs = _outputs(pair.forward)[: len(pair.differentiable)]
+    return outputs + (_outputs(pair.backward) if pair.backward else [])
+
+
+def _outputs(region: Region) -> list:
+    return [n.meta.get("val") for n in region.module.graph.output_node().args[0]]
+
+
+def _sizes(values: Sequence) -> set:
+    """The symbols that sizes of tensors are made of."""
+    return set().union(*(free_symbols([*v.shape, *v.stride()]) for v in values))
 
 
 def _capture(
@@ -134,7 +160,7 @@ def _capture(
         flat, seen["spec"] = tree_flatten(fn(x, *params))
         outputs = [t for t in flat if isinstance(t, Tensor)]
         order = iter(range(len(outputs)))
-        seen["places"] = [next(order) if isinstance(t, Tensor) else None for t in flat]
+        seen["leaves"] = [_Output(next(order)) if isinstance(t, Tensor) else t for t in flat]
         seen["differentiable"] = [t.requires_grad for t in outputs]
         # Tensors of the graph around: the trace took them for constants.
         closures = [t for t in tracer.tensor_attrs if has_proxy_slot(t, outer)]
@@ -184,12 +210,12 @@ def _split(name: str, traced: fx.GraphModule, seen: dict[str, Any]) -> _Pair:
     crossing = [n for n in before if n in needed and n in inner]
     forward = _region(f"{name}_forward", traced, before, source, given, [*outputs, *crossing])
     if not gives:
-        return _Pair(forward, None, closures, differentiable, seen["places"], seen["spec"], [], [])
+        return _Pair(forward, None, closures, differentiable, seen["leaves"], seen["spec"], [], [])
     source |= {n: ("saved", i) for i, n in enumerate(crossing, len(outputs))}
     wants = sorted({source[n] for n in needed if n in source})
     body = [n for n in (*prologue, *after) if n in needed]
     backward = _region(f"{name}_backward", traced, body, source, wants, grads)
-    return _Pair(forward, backward, closures, differentiable, seen["places"], seen["spec"], wants, gives)
+    return _Pair(forward, backward, closures, differentiable, seen["leaves"], seen["spec"], wants, gives)
 
 
 def _ancestors(nodes: Sequence[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
@@ -243,7 +269,7 @@ def structure(module: fx.GraphModule) -> tuple:
             return tuple(of(v) for v in value)
         if isinstance(value, dict):
             return tuple((k, of(v)) for k, v in value.items())
-        return (type(value).__name__, value)  # 1, 1.0 and True are not the same argument
+        return exact(value)
 
     def size(n) -> Any:
         return n if isinstance(n, int) else ("symbol", symbols.setdefault(str(n), len(symbols)))
@@ -258,8 +284,7 @@ def structure(module: fx.GraphModule) -> tuple:
         elif node.op == "placeholder":
             row += (size(value) if value is not None else None,)
         elif node.op == "get_attr":
-            constant = getattr(module, node.target)
-            row += (constant.dtype, tuple(constant.shape), tuple(constant.flatten().tolist()))
+            row += constant(getattr(module, node.target))
         rows.append(row)
     return tuple(rows)
 
@@ -276,12 +301,22 @@ def _call(fn: Callable, *args) -> fx.Proxy:
 def _emit(region: Region, arguments: Sequence, outputs: int) -> tuple[list[Tensor], fx.Proxy]:
     """A node that calls the region; its first `outputs` as fake tensors, and all as a proxy."""
     tracer = get_proxy_mode().tracer
-    values = [n.meta["val"] for n in region.module.graph.output_node().args[0][:outputs]]
+    values = _outputs(region)[:outputs]
     with disable_proxy_modes_tracing():
         outs = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values]
     proxy = tracer.create_proxy("call_function", region, tuple(arguments), {}, name=region.__name__)
     track_tensor_tree(outs, proxy, constant=None, tracer=tracer)
     return outs, proxy
+
+
+def _needed(pair: _Pair, x: Tensor, outs: Sequence[Tensor]) -> list[Tensor]:
+    """Of a region's inputs and outputs, those whose memory its backward reads."""
+    inputs = [x if kind == "x" else pair.closures[i] for kind, i in pair.wants if kind in ("x", "closure")]
+    values = _outputs(pair.forward)
+    given = {n.target: n.meta.get("val") for n in pair.forward.module.graph.nodes if n.op == "placeholder"}
+    read = [values[i] if kind == "saved" else given.get(f"{kind}_{i}") for kind, i in pair.wants if kind != "above"]
+    memory = {v.untyped_storage()._cdata for v in read if isinstance(v, Tensor)}
+    return inputs + [t for t, v in zip(outs, values) if v.untyped_storage()._cdata in memory]
 
 
 class _Differentiable(torch.autograd.Function):
@@ -304,11 +339,16 @@ class _Differentiable(torch.autograd.Function):
                 if isinstance(kept[at], Tensor):  # and no size that depends on the data
                     ctx.proxies[at] = _call(to_host, ctx.proxies[at])
                     ctx.away[at] = kept[at].device
+        # Not for their values: autograd sees to it that they are still what they were.
+        ctx.save_for_backward(*_needed(pair, x, outs))
         ctx.mark_non_differentiable(*(t for t, is_so in zip(outs, pair.differentiable) if not is_so))
         return tuple(outs)
 
     @staticmethod
     def backward(ctx, *above: Tensor):
+        if torch.is_grad_enabled():
+            raise NotImplementedError(f"gradients of gradients, through {ctx.pair.forward.__name__}: a layer has none")
+        ctx.saved_tensors  # raises where one of them was changed in place
         pair, weights, proxies = ctx.pair, ctx.weights, ctx.proxies
         proxies |= {("above", i): p for i, p in enumerate(_proxies(above))}
         if any(kind == "row" for kind, _ in pair.wants):
@@ -317,6 +357,6 @@ class _Differentiable(torch.autograd.Function):
         proxies |= {at: _call(arrived, proxy) for at, proxy in back.items()}
         found, _ = _emit(pair.backward, [proxies[at] for at in pair.wants], len(pair.gives))
         grads = dict(zip(pair.gives, found, strict=True))
-        of_shards = weights.finish([g for (kind, _), g in grads.items() if kind == "row"])
+        of_shards = weights.finish([grads.get(("row", i)) for i in range(weights.rows)])
         of_closures = [grads.get(("closure", i)) for i in range(len(pair.closures))]
         return None, None, None, None, grads.get(("x", 0)), *of_shards, *of_closures

@@ -62,11 +62,37 @@ def computes(node: fx.Node) -> bool:
     return node.op == "call_function" and not (begins(node) or is_wait(node) or is_light(node))
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether a node's result is its first argument's memory, by its operator's schema."""
+    return isinstance(node.target, torch._ops.OpOverload) and any(r.alias_info for r in node.target._schema.returns)
+
+
 def base(node: fx.Node) -> fx.Node:
     """What a node may be a view of."""
-    while is_light(node) and node.all_input_nodes:
-        node = node.all_input_nodes[0]
+    while node.all_input_nodes:
+        source = node.all_input_nodes[0]
+        if node.target is operator.getitem and isinstance(source.target, Region):  # one of its outputs, which may be an input of it
+            inner = source.target.module.graph
+            inputs, [outputs] = [n for n in inner.nodes if n.op == "placeholder"], inner.output_node().args
+            of = base(outputs[node.args[1]])
+            if of.op != "placeholder":
+                return node
+            node = source.args[inputs.index(of)]
+        elif is_light(node) or is_view(node):
+            node = source
+        else:
+            return node
     return node
+
+
+def changed(node: fx.Node) -> set[fx.Node]:
+    """What a node changes in place."""
+    return {base(n) for n in node.all_input_nodes} if mutates(node) else set()
+
+
+def reads(node: fx.Node) -> set[fx.Node]:
+    """What must be as it is when a node runs. Until it is waited for, a collective reads its input."""
+    return {base(m) for n in ([node, node.args[0]] if is_wait(node) else [node]) for m in n.all_input_nodes}
 
 
 def late_waits(nodes: Sequence[fx.Node]) -> list[fx.Node]:
@@ -90,10 +116,9 @@ def late_waits(nodes: Sequence[fx.Node]) -> list[fx.Node]:
         if node.op in ("placeholder", "get_attr"):
             order[node] = None
         elif node.op == "output" or computes(node) or begins(node):
-            if mutates(node):  # what reads its arguments must have done so
-                changed = {base(n) for n in node.all_input_nodes}
+            if new := changed(node):  # what reads them must have done so
                 for n in deferred:
-                    if n not in order and changed & {base(m) for m in n.all_input_nodes}:
+                    if n not in order and new & reads(n):
                         emit(n)
             emit(node)
         else:
@@ -124,11 +149,14 @@ def gather_ahead(nodes: Sequence[fx.Node]) -> list[fx.Node]:
         chain = set() if start.target is to_device else _from_parameters(start)
         if chain is None:
             continue
+        of_chain = reads(start).union(*map(reads, chain))
         at = order.index(start)
         first = max((order.index(n) + 1 for n in start.all_input_nodes), default=0) if start.target is to_device else 0
         ahead = next((i for i in range(at - 1, first - 1, -1) if isinstance(order[i].target, Region)), None)
         if ahead is None:  # the first layer's, before whatever comes before it
             ahead = next((i for i in range(first, at) if computes(order[i])), at)
+        if any(changed(n) & of_chain for n in order[ahead:at]):
+            continue
         same = _gathered_for(order[ahead], start) if is_start(start) and order[ahead] is not start else None
         if same is not None:
             [wait], [again] = start.users, same.users
