@@ -31,24 +31,27 @@ class Peak:
     """bytes: the most that was held at once, inputs included. at: the instruction that ran then, and its number.
 
     by: bytes of each of CATEGORIES. activations: made by the forward, to be used later. logits and loss: made between
-    forward and backward, the unembedding's gradient aside. gathered weights: whole ones, and casts of own ones, between
-    pieces. temporary: what the running piece had allocated, its results among it, beside all that was held when it began.
+    forward and backward, the unembedding's gradient aside. gathered weights: whole ones, and casts of own ones.
+    temporary: all beside what was held when the instruction began: what is made within a piece, its results, and what
+    collectives on their way hold. Only what torch's allocator gives out is counted.
+    most: of each category but the last, the most that was held between two instructions, whenever that was.
     """
 
     bytes: int
     at: str
     by: dict[str, int]
+    most: dict[str, int]
 
 
 def measure(train_step: Callable, state: State, microbatches: Sequence[Mapping[str, Tensor]]) -> Peak:
-    """The peak of one step, which is taken. Of a step that was not captured before, both are done.
+    """The peak of the second of two steps, which are taken: the first one captures and compiles.
 
-    Raises ValueError where the step is not a captured one (mode "off").
+    Of several microbatches, that of the highest. Raises ValueError where the step is not a captured one (mode "off").
     """
     graph = train_step.graph
     if not isinstance(graph, OneGraph):
         raise ValueError("the memory of an uncompiled step is not measured: compile it, by inductor or aot_eager")
-    train_step(state, microbatches)  # captures and compiles
+    train_step(state, microbatches)
     peaks: list[Peak] = []
     names = list(inspect.signature(graph.fn).parameters)
     before = dict(graph.programs)
@@ -86,7 +89,8 @@ def run(program: Program, inputs: list, roles: Sequence[str]) -> tuple[list, Pea
     by = dict.fromkeys(CATEGORIES, 0) | held[at]
     by["temporary"] = start + most - sum(held[at].values())
     name = f"{program.instructions[at].name}, {at + 1} of {len(program.instructions)}"
-    return [slots[i] for i in program.outputs], Peak(start + most, name, by)
+    ever = {kind: max(of.get(kind, 0) for of in held) for kind in CATEGORIES[:-1]}
+    return [slots[i] for i in program.outputs], Peak(start + most, name, by, ever)
 
 
 Meter = Iterator[tuple[Callable[[], None], Callable[[], list[int]]]]
