@@ -6,7 +6,7 @@ there into pieces, of which equal ones are compiled once, and run with what they
 
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -108,18 +108,31 @@ class Program:
         return collectives(self.nodes, self.pieces)
 
     def __call__(self, inputs: list) -> list:
+        slots = self.filled(inputs)
+        for _ in self.run(slots):
+            pass
+        return [slots[i] for i in self.outputs]
+
+    def filled(self, inputs: list) -> list:
+        """The slots before the first instruction. Takes the inputs out of their list."""
         slots: list[Any] = [None] * self.size
-        for i, value in zip(self.inputs, inputs, strict=True):
-            slots[i] = value
-        inputs.clear()
-        for call, takes, gives, drops, _ in self.instructions:
+        for i in reversed(self.inputs):
+            slots[i] = inputs.pop()
+        return slots
+
+    def run(self, slots: list) -> Iterator[Instruction]:
+        """Each instruction, after it has run: between two of them, only the slots hold what was computed."""
+        for instruction in self.instructions:
+            call, takes, gives, drops, _ = instruction
             taken = [slots[i] for i in takes]
             for i in drops:
                 slots[i] = None
-            for i, value in zip(gives, call(taken)):
+            given = call(taken)
+            for at, i in enumerate(gives):
                 if i is not None:
-                    slots[i] = value
-        return [slots[i] for i in self.outputs]
+                    slots[i] = given[at]
+            del taken, given  # else they would live through the next call
+            yield instruction
 
     def _compile(self, module: fx.GraphModule) -> Callable[[list], Sequence]:
         from torch._dynamo.utils import counters

@@ -49,6 +49,15 @@ def begins(node: fx.Node) -> bool:
     return is_start(node) or node.target in (to_host, to_device)
 
 
+def is_reduction(node: fx.Node) -> bool:
+    """Whether a node waits for a reduce-scatter."""
+    return is_wait(node) and node.args[0].target is c10d.reduce_scatter_tensor.default
+
+
+def is_region(node: fx.Node) -> bool:
+    return isinstance(node.target, Region)
+
+
 def is_light(node: fx.Node) -> bool:
     return node.target is operator.getitem or node.target in LIGHT
 
@@ -96,7 +105,11 @@ def reads(node: fx.Node) -> set[fx.Node]:
 
 
 def late_waits(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """The same nodes, computations in the same order; waits, and what only moves things, just before they are used."""
+    """The same nodes, computations in the same order; waits, and what only moves things, just before they are used.
+
+    A reduction keeps what it reduces until it is waited for, a layer's whole gradients: that is done as soon as it had
+    one region to hide behind.
+    """
     order: dict[fx.Node, None] = {}
 
     def emit(node: fx.Node) -> None:
@@ -120,7 +133,11 @@ def late_waits(nodes: Sequence[fx.Node]) -> list[fx.Node]:
                 for n in deferred:
                     if n not in order and new & reads(n):
                         emit(n)
+            hidden = [n for n in deferred if is_reduction(n) and n.args[0] in order] if is_region(node) else []
             emit(node)
+            for n in hidden:
+                if n not in order:
+                    emit(n)
         else:
             deferred.append(node)
     return list(order)
