@@ -17,8 +17,11 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .passes import add_in_order, share_maxima, widen_products
-from .region import Region, structure
-from .schedule import Collective, begins, collectives, computes, gather_ahead, is_wait, late_waits, live, mutates, one_by_one, overlap
+from .region import structure
+from .schedule import (
+    Collective, begins, collectives, computes, gather_ahead, is_region, is_wait, late_waits, live, mutates, one_by_one,
+    overlap,
+)  # fmt: skip
 
 
 @dataclass
@@ -73,7 +76,7 @@ class Program:
             takes = list(dict.fromkeys(m for n in piece for m in n.all_input_nodes if m not in inside))
             gives: list[fx.Node | None] = [n for n in piece if any(u in slot and u not in inside for u in n.users)]
             head = piece[0]
-            if isinstance(head.target, Region):
+            if is_region(head):
                 takes, module, key = list(head.args), head.target.module, head.target.key
                 gives = [None] * len(module.graph.output_node().args[0])
                 for user in head.users:
@@ -86,7 +89,7 @@ class Program:
                 module = as_module(piece, takes, gives)
                 key = structure(module)
             if key not in calls:
-                takes_a_compiler = isinstance(head.target, Region) or not alone(head)
+                takes_a_compiler = is_region(head) or not alone(head)
                 if takes_a_compiler:
                     module = prepared(module, mode)
                 self.pieces[key] = module
@@ -138,7 +141,8 @@ class Program:
         from torch._dynamo.utils import counters
         from torch._inductor import metrics
 
-        start, hits, kernels = time.perf_counter(), counters["inductor"]["fxgraph_cache_hit"], metrics.generated_kernel_count
+        start, hits = time.perf_counter(), counters["inductor"]["fxgraph_cache_hit"]
+        kernels = metrics.generated_kernel_count
         call = inductor(module)
         done = self.compiled
         done.pieces += 1
@@ -212,7 +216,7 @@ def alone(node: fx.Node) -> bool:
     """Whether a node is a piece of its own, which no compiler takes."""
     if node.op != "call_function":
         return False
-    return isinstance(node.target, Region) or begins(node) or is_wait(node) or mutates(node) or of_many(node)
+    return is_region(node) or begins(node) or is_wait(node) or mutates(node) or of_many(node)
 
 
 def of_many(node: fx.Node) -> bool:

@@ -80,7 +80,7 @@ def base(node: fx.Node) -> fx.Node:
     """What a node may be a view of."""
     while node.all_input_nodes:
         source = node.all_input_nodes[0]
-        if node.target is operator.getitem and isinstance(source.target, Region):  # one of its outputs, which may be an input of it
+        if node.target is operator.getitem and is_region(source):  # one of its outputs, which may be one of its inputs
             inner = source.target.module.graph
             inputs, [outputs] = [n for n in inner.nodes if n.op == "placeholder"], inner.output_node().args
             of = base(outputs[node.args[1]])
@@ -169,7 +169,7 @@ def gather_ahead(nodes: Sequence[fx.Node]) -> list[fx.Node]:
         of_chain = reads(start).union(*map(reads, chain))
         at = order.index(start)
         first = max((order.index(n) + 1 for n in start.all_input_nodes), default=0) if start.target is to_device else 0
-        ahead = next((i for i in range(at - 1, first - 1, -1) if isinstance(order[i].target, Region)), None)
+        ahead = next((i for i in range(at - 1, first - 1, -1) if is_region(order[i])), None)
         if ahead is None:  # the first layer's, before whatever comes before it
             ahead = next((i for i in range(first, at) if computes(order[i])), at)
         if any(changed(n) & of_chain for n in order[ahead:at]):
@@ -202,7 +202,7 @@ def one_by_one(nodes: Sequence[fx.Node]) -> list[fx.Node]:
             order += held
             held = []
         order.append(node)
-        if isinstance(node.target, Region):
+        if is_region(node):
             order += held
             held = []
     return order
@@ -303,7 +303,7 @@ def collectives(nodes: Sequence[fx.Node], pieces: Mapping[tuple, fx.GraphModule]
     """Those of a graph in the order they start, within its regions too. pieces: the regions as they run, by key."""
     line: list[tuple[int, fx.Node]] = []
     for i, node in enumerate(nodes):
-        inner = pieces[node.target.key].graph.nodes if isinstance(node.target, Region) else [node]
+        inner = pieces[node.target.key].graph.nodes if is_region(node) else [node]
         line += [(i if len(inner) > 1 else -1, n) for n in inner]
     place = {at: i for i, at in enumerate(line)}
     busy = list(accumulate((computes(n) for _, n in line), initial=0))
