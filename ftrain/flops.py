@@ -2,8 +2,10 @@
 
 import platform
 import time
+from collections.abc import Iterable
 
 import torch
+from torch import fx
 
 from .specs import Specs
 
@@ -20,6 +22,44 @@ def flops_per_token(specs: Specs, cfg, seq_len: int) -> float:
     matmul = sum(spec.numel * spec.active for spec in specs.values() if len(spec.shape) > 1)
     attention = cfg.layers * cfg.heads * cfg.head_dim * seq_len
     return 6 * (matmul + attention)
+
+
+def graph_flops(nodes: Iterable[fx.Node]) -> int:
+    """FLOPs of a captured graph's products and attention, from its nodes' shapes (`Program.line` has those of all its
+    regions): attention within documents counts at half, as causal.
+
+    What is recomputed counts too: for the model's FLOPs capture under a policy that recomputes no product.
+    Raises ValueError where a product's size depends on the data.
+    """
+    from torch.utils.flop_counter import flop_registry
+
+    total = 0
+    for node in nodes:
+        op = getattr(node.target, "overloadpacket", None)
+        count = OWN_FLOPS.get(str(op)) or flop_registry.get(op)
+        if count:
+            args = [n.meta["val"] if isinstance(n, fx.Node) else n for n in node.args]
+            of = count(*args, out_val=node.meta["val"])
+            if not isinstance(of, int):
+                raise ValueError(f"{node.name}: how large it is depends on the data")
+            total += of
+    return total
+
+
+def _attention(q, k, *_, out_val) -> int:
+    """Two products of [S, D] with [S, D] for each head, half of each needed; [B, S, N, D]."""
+    B, S, N, D = q.shape
+    return 2 * B * N * S * S * D
+
+
+# By operator, of those that torch does not count.
+OWN_FLOPS = {
+    "aten.addmm_": lambda total, a, b, out_val: 2 * a.shape[0] * a.shape[1] * b.shape[1],
+    "ftrain.by_document": _attention,
+    "ftrain.by_document_backward": lambda grad, q, *args, out_val: 2 * _attention(q, *args, out_val=out_val),
+    "ftrain.grouped_mm": lambda x, w, offsets, out_val: 2 * x.shape[0] * w.shape[1] * w.shape[2],
+    "ftrain.grouped_outer": lambda a, b, offsets, out_val: 2 * a.shape[0] * a.shape[1] * b.shape[1],
+}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

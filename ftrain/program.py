@@ -20,7 +20,7 @@ from .passes import add_in_order, share_maxima, widen_products
 from .region import structure
 from .schedule import (
     Collective, begins, collectives, computes, gather_ahead, is_region, is_wait, late_waits, live, mutates, one_by_one,
-    overlap,
+    one_line, overlap,
 )  # fmt: skip
 
 
@@ -109,6 +109,10 @@ class Program:
     def collectives(self) -> list[Collective]:
         """What this rank exchanges with others, in the order it begins."""
         return collectives(self.nodes, self.pieces)
+
+    def line(self) -> list[fx.Node]:
+        """All operators in the order they run, those of regions in the regions' places."""
+        return [node for _, node in one_line(self.nodes, self.pieces)]
 
     def __call__(self, inputs: list) -> list:
         slots = self.filled(inputs)

@@ -299,12 +299,23 @@ class Collective(NamedTuple):
     exposed: bool
 
 
-def collectives(nodes: Sequence[fx.Node], pieces: Mapping[tuple, fx.GraphModule]) -> list[Collective]:
-    """Those of a graph in the order they start, within its regions too. pieces: the regions as they run, by key."""
+def one_line(nodes: Sequence[fx.Node], pieces: Mapping[tuple, fx.GraphModule]) -> list[tuple[int, fx.Node]]:
+    """A graph's nodes with those of its regions in the regions' places, each with the number of its region, or -1.
+
+    pieces: the regions as they run, by key.
+    """
     line: list[tuple[int, fx.Node]] = []
     for i, node in enumerate(nodes):
-        inner = pieces[node.target.key].graph.nodes if is_region(node) else [node]
-        line += [(i if len(inner) > 1 else -1, n) for n in inner]
+        if is_region(node):
+            line += [(i, n) for n in pieces[node.target.key].graph.nodes]
+        else:
+            line.append((-1, node))
+    return line
+
+
+def collectives(nodes: Sequence[fx.Node], pieces: Mapping[tuple, fx.GraphModule]) -> list[Collective]:
+    """Those of a graph in the order they start, within its regions too. pieces: as for `one_line`."""
+    line = one_line(nodes, pieces)
     place = {at: i for i, at in enumerate(line)}
     busy = list(accumulate((computes(n) for _, n in line), initial=0))
     found = []

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ftrain.equivalence import RECIPE, random_batch, shrink
+from ftrain.flops import flops_per_token, graph_flops
 from ftrain.job import make_job
 from ftrain.mesh import Mesh
 from ftrain.model import find_model
@@ -107,3 +108,11 @@ def test_what_waits_on_the_host_comes_back_a_layer_early(ranks):
     assert len(backwards) == LAYERS
     for region in backwards:
         assert not [n for n in region.all_input_nodes if n in out or "forward" in str(n.args[:1])]
+
+
+@pytest.mark.parametrize("model", [MODEL, DENSE])
+def test_flops_of_the_graph_are_the_models(model, ranks):
+    """Counted from every product that the captured step runs, none of them recomputed, and by the formula."""
+    ranks(1)
+    program = captured("ddp", Mesh(), model)
+    assert graph_flops(program.line()) == flops_per_token(model.specs, model.cfg, 12) * 8 * 12
