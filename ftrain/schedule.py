@@ -59,7 +59,7 @@ def base(node: fx.Node) -> fx.Node:
     """What a node may be a view of."""
     while node.all_input_nodes:
         source = node.all_input_nodes[0]
-        if node.target is operator.getitem and isinstance(source.target, Region):  # one of its outputs, which may be an input of it
+        if node.target is operator.getitem and isinstance(source.target, Region):  # whose outputs may be its inputs
             inner = source.target.module.graph
             inputs, [outputs] = [n for n in inner.nodes if n.op == "placeholder"], inner.output_node().args
             of = base(outputs[node.args[1]])
@@ -213,7 +213,7 @@ def overlap(nodes: Sequence[fx.Node]) -> list[fx.Node]:
                 stack += n.all_input_nodes
         return [n for n in body if n in found]
 
-    for goal in [n for n in body if is_start(n) or n.op == "output"]:
+    for goal in [n for n in body if is_start(n) or (is_wait(n) and not n.users) or n.op == "output"]:
         for node in ancestors(goal):
             if is_wait(node) and node not in order:
                 for other in body:  # all that is ready, and waits for nothing
