@@ -213,7 +213,7 @@ def overlap(nodes: Sequence[fx.Node]) -> list[fx.Node]:
                 stack += n.all_input_nodes
         return [n for n in body if n in found]
 
-    for goal in [n for n in body if is_start(n) or (is_wait(n) and not n.users) or n.op == "output"]:
+    for goal in [n for n in body if is_start(n) or n.op == "output"]:
         for node in ancestors(goal):
             if is_wait(node) and node not in order:
                 for other in body:  # all that is ready, and waits for nothing
