@@ -122,6 +122,12 @@ def _runs(segment_ids: Tensor) -> list[tuple[slice, slice]]:
     return found
 
 
+def _run_ids(segment_ids: Tensor) -> list[list[int]]:
+    """The segment of each run of a row, padding aside."""
+    starts = F.pad(segment_ids.diff(dim=1) != 0, (1, 0), value=True) & (segment_ids >= 0)
+    return [row[at].tolist() for row, at in zip(segment_ids, starts)]
+
+
 CALL = 1_500_000  # multiply-adds of queries with keys that take about as long as one more call of the kernel
 
 
@@ -130,8 +136,10 @@ def _pieces(tensors: list[Tensor], segment_ids: Tensor, window: int, causal: boo
     part of each [B, S, N, D] as [b, N, s, D], is_causal, and what is added to the scores."""
     B, S, N, D = tensors[0].shape
     runs = _runs(segment_ids)
+    # Of a segment in several runs (an attention mask with holes) each would be a document of its own.
+    whole = all(len(set(ids)) == len(ids) for ids in _run_ids(segment_ids))
     work = sum((r.stop - r.start) * (c.stop - c.start) ** 2 for r, c in runs) * N * D // 2 + len(runs) * CALL
-    if work > B * S * S * N * D + CALL:
+    if not whole or work > B * S * S * N * D + CALL:
         runs = [(slice(0, B), slice(0, S))]
     for rows, columns in runs:
         own = segment_ids[rows, columns]

@@ -80,6 +80,8 @@ class _Noting(TorchDispatchMode):
         return sizes, t.dtype, t.device, t.requires_grad, values
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if any(not issubclass(t, FakeTensor) for t in types if t not in (Tensor, torch.nn.Parameter)):
+            return NotImplemented  # a tensor made of others (torchao's float8): what it does with those is noted
         out = op(*args, **(kwargs or {}))
         row: tuple = (op, self.of(args), self.of(kwargs or {}))
         for t in tree_leaves(out):

@@ -171,10 +171,12 @@ def gather_ahead(nodes: Sequence[fx.Node]) -> list[fx.Node]:
         first = max((order.index(n) + 1 for n in start.all_input_nodes), default=0) if start.target is to_device else 0
         ahead = next((i for i in range(at - 1, first - 1, -1) if is_region(order[i])), None)
         if ahead is None:  # the first layer's, before whatever comes before it
-            ahead = next((i for i in range(first, at) if computes(order[i])), at)
+            ahead = next((i for i in range(first, at) if computes(order[i]) and order[i] not in chain), None)
+        if ahead is None:
+            continue
         if any(changed(n) & of_chain for n in order[ahead:at]):
             continue
-        same = _gathered_for(order[ahead], start) if is_start(start) and order[ahead] is not start else None
+        same = _gathered_for(order[ahead], start) if is_start(start) else None
         if same is not None:
             [wait], [again] = start.users, same.users
             wait.replace_all_uses_with(again)

@@ -6,7 +6,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftrain.attention import attention, attention_mask, packed_attention, packed_mask
+from ftrain.attention import (
+    attention, attention_mask, document_attention, documents, packed_attention, packed_mask,
+)  # fmt: skip
+from ftrain.ops import fill_batch
 
 
 def varlen(q, k, v, q_bounds, k_bounds, longest_q, longest_k, *, causal, window_size):
@@ -68,3 +71,17 @@ def test_a_query_sees_its_own_document_only(window):
     plain = F.scaled_dot_product_attention(*(t[:, :3].transpose(1, 2) for t in (q, k, v)), is_causal=True)
     if window is None:
         torch.testing.assert_close(whole[:, :3], plain.transpose(1, 2), rtol=1e-5, atol=1e-6)
+
+
+def test_a_mask_with_holes_is_one_document():
+    """Tokens on both sides of padding in the middle see each other, as under the plain mask."""
+    segments = fill_batch({"input_ids": torch.zeros(2, 300, dtype=torch.long), "attention_mask": HOLES})["segment_ids"]
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 300, n, 16) for n in (4, 2, 2))
+    plain = attention(q, k, v, attention_mask(segments))
+    found = document_attention(q, k, v, documents(segments))
+    torch.testing.assert_close(found[segments >= 0], plain[segments >= 0], rtol=1e-5, atol=1e-6)
+
+
+HOLES = torch.ones(2, 300, dtype=torch.long)
+HOLES[0, 100:120] = 0
