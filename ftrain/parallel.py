@@ -244,9 +244,15 @@ class Gathered(Mapping):
     def __init__(self, shards: Mapping[str, Tensor], buckets: Mapping[str, tuple[Bucket, ...]]):
         self.shards, self.buckets = shards, buckets
         self.seen: dict[str, Tensor] = {}  # a tied table is gathered once, and its gradient reduced once
+        self.within: str | None = None  # the layer that runs
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.seen:
+            if self.within:
+                raise ValueError(
+                    f"{name} is read within {self.within}, but a block is given its own layer's parameters: read others "
+                    "before ops.scan"
+                )
             self.seen.update(gather_group(self.buckets[group_key(name)], self.shards))
         return self.seen[name]
 
@@ -299,13 +305,17 @@ def parallel_ops(ops: Ops, sharding: Sharding, policy: str, grouped_mm: Callable
             def gather_and_run(x, *shards, run=run, buckets=buckets, names=names):
                 return run(x, *gather_group(buckets, dict(zip(names, shards))).values())
 
-            if capturing():
-                learn = [bucket.learns for bucket in buckets for _ in bucket.names]
-                weights = gathering(buckets, p.shards)
-                keep, away = partial(remat, policy=policy), policy == "offload"
-                out = differentiable(run, keep, prefix, x, weights, learn, known, away)
-            else:
-                out = remat(gather_and_run, policy)(x, *(p.shards[name] for name in names))
+            p.within = key
+            try:
+                if capturing():
+                    learn = [bucket.learns for bucket in buckets for _ in bucket.names]
+                    weights = gathering(buckets, p.shards)
+                    keep, away = partial(remat, policy=policy), policy == "offload"
+                    out = differentiable(run, keep, prefix, x, weights, learn, known, away)
+                else:
+                    out = remat(gather_and_run, policy)(x, *(p.shards[name] for name in names))
+            finally:
+                p.within = None
             if not isinstance(out, tuple) or len(out) != 2:
                 raise TypeError(f"the block of {key} must return (x, y), not {type(out).__name__}; y may be None")
             x, y = out

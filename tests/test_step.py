@@ -13,6 +13,7 @@ from ftrain.graph import one_graph
 from ftrain.job import make_job
 from ftrain.mesh import Mesh
 from ftrain.model import find_model
+from ftrain.ops import Output
 from ftrain.optim import AdamW, Schedule, update_
 from ftrain.plan import find_plan
 from ftrain.ranks import run_ranks
@@ -395,3 +396,20 @@ def test_gradients_of_a_table_are_the_same_bits_each_time():
         torch.set_num_threads(threads)
     assert all(torch.equal(grad, seen[0]) for grad in seen)
     torch.testing.assert_close(seen[0], gradient(table, ids, weight)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["off", "aot_eager"])
+def test_a_block_reads_its_own_parameters_only(one_rank, mode):
+    job, state, _ = started()
+
+    def forward(p, batch, ops):
+        def block(q, x, layer):
+            return x * p["model.norm.weight"], None
+
+        x, _ = ops.scan(block, p, "model.layers", MODEL.cfg.layers, torch.ones(1, 2, MODEL.cfg.hidden))
+        return Output(losses={"loss": x.sum()})
+
+    model = replace(MODEL, forward=forward)
+    grads = make_gradients(model, job.sharding, job.ops, RECIPE, mode)
+    with pytest.raises(ValueError, match="model.norm.weight is read within model.layers.0, but a block is given"):
+        grads(state, job.microbatches(batches(1)[0])[0])
