@@ -116,6 +116,8 @@ def _known(
         learning = [x.requires_grad and grad, *(grad and learns for learns in learn)]
         inputs = [t.detach().requires_grad_(of) for t, of in zip([x, *params], learning, strict=True)]
         found = outline(fn, inputs)
+    if any(t._backward_hooks for t in inputs):  # it would be put on once more where the layer is recomputed
+        raise ValueError(f"{name}: a hook on a layer's input or parameter has no place in a captured step: use a Function")
     around = [has_proxy_slot(t, outer) for t in found.outside]
     key = (found.key, tuple(around), weights.layout)
     if key not in known:
