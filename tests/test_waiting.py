@@ -14,7 +14,7 @@ from ftrain import train
 def prepare_on(rank, folder, digests, seconds):
     """The first rank tokenises for longer than any other collective may take."""
     store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=2))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=10))
 
     def make():
         time.sleep(0 if rank else seconds)
@@ -30,7 +30,7 @@ def prepare_on(rank, folder, digests, seconds):
 
 @pytest.mark.slow
 def test_tokenising_may_take_long(tmp_path):
-    torch.multiprocessing.spawn(prepare_on, (str(tmp_path), ("ab" * 16, "ab" * 16), 4), nprocs=2)
+    torch.multiprocessing.spawn(prepare_on, (str(tmp_path), ("ab" * 16, "ab" * 16), 13), nprocs=2)
 
 
 @pytest.mark.slow
