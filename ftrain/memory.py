@@ -15,8 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from .graph import OneGraph
 from .program import Program
-from .region import Region
-from .schedule import base, is_light, is_start, is_wait, mutates
+from .schedule import base, is_light, is_region, is_start, is_wait, mutates
 from .state import State
 
 # Of the step's arguments (step.py); all others are the batch and numbers.
@@ -158,7 +157,7 @@ def categories(program: Program, roles: Sequence[str]) -> list[str]:
 
 
 def _is_region(node: fx.Node, which: str) -> bool:
-    return isinstance(node.target, Region) and node.target.__name__.endswith(f"_{which}")
+    return is_region(node) and node.target.__name__.endswith(f"_{which}")
 
 
 def _held(slots: Sequence, kinds: Sequence[str]) -> dict[str, int]:

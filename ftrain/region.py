@@ -19,8 +19,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .offload import arrived, to_device, to_host
 from .outline import constant, exact, outline
 
-aten = torch.ops.aten
-
 
 class Region:
     """A flat graph of ATen operators -> a tuple. As a node's target it runs that graph."""
@@ -335,8 +333,8 @@ class _Differentiable(torch.autograd.Function):
         ctx.proxies = {("x", 0): arguments[0], **{("closure", i): p for i, p in enumerate(closures)}}
         ctx.proxies |= {("saved", i): proxy[i] for kind, i in pair.wants if kind == "saved"}
         if offload:
-            results = pair.forward.module.graph.output_node().args[0]
-            kept = {("x", 0): x} | {("saved", i): results[i].meta["val"] for kind, i in pair.wants if kind == "saved"}
+            values = _outputs(pair.forward)
+            kept = {("x", 0): x} | {("saved", i): values[i] for kind, i in pair.wants if kind == "saved"}
             for at in kept.keys() & set(pair.wants):
                 if isinstance(kept[at], Tensor):  # and no size that depends on the data
                     ctx.proxies[at] = _call(to_host, ctx.proxies[at])
