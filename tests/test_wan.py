@@ -268,8 +268,8 @@ def test_a_small_model_learns_to_draw():
     params = {n: spec.init(spec.shape, generator).requires_grad_() for n, spec in model.specs.items()}
     images, texts = torch.randn(2, 3, 1, 4, 4, generator=generator), torch.randn(2, 2, 22, generator=generator)
     adam = torch.optim.Adam(params.values(), lr=5e-3)
-    slower = torch.optim.lr_scheduler.CosineAnnealingLR(adam, 400)
-    for _ in range(400):
+    slower = torch.optim.lr_scheduler.CosineAnnealingLR(adam, 800)
+    for _ in range(800):
         which = torch.randint(2, (16,), generator=generator)
         batch = model.prepare({
             "latents": images[which], "context": texts[which],
