@@ -1,8 +1,13 @@
 """Fixtures of several files."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside others: together they have one thread a core
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 
 @pytest.fixture
