@@ -45,6 +45,15 @@ sys.exit(launch.launch(entry, cfg, [sys.executable, *sys.argv]))
 """
 
 
+def test_how_threads_wait_is_the_users_to_say():
+    env = {"OMP_NUM_THREADS": "2"}
+    launch.thread_defaults(env)
+    assert env == {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+    env = {"OMP_WAIT_POLICY": "ACTIVE"}
+    launch.thread_defaults(env)
+    assert env == {"OMP_WAIT_POLICY": "ACTIVE"}
+
+
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """(what, nproc) -> the command that runs ENTRY, in a clean environment on CPU."""

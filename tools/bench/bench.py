@@ -113,9 +113,11 @@ def run(args: argparse.Namespace, row: Row, name: str, peer: Peer, number: int, 
     ranks = work["fsdp"] * work["sp"] * work["ep"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     cache = args.work / "cache" / ("kept" if args.keep_cache else args.stamp) / row.name / name
-    # The same for all. Threads that spin while they wait would take a core from the other ranks.
+    # The same for all, and how threads wait as `ftrain.launch.thread_defaults` has it: those that spin for long would take
+    # a core from the other ranks.
     env = os.environ | {
-        "OMP_NUM_THREADS": str(work["threads"]), "MKL_NUM_THREADS": str(work["threads"]), "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": str(work["threads"]), "MKL_NUM_THREADS": str(work["threads"]),
+        "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000",
         "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false",
         "TORCHINDUCTOR_CACHE_DIR": str(cache), "JAX_COMPILATION_CACHE_DIR": str(cache),
     }  # fmt: skip

@@ -2,13 +2,14 @@
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from ftrain.launch import finish, init, thread_defaults
+
+thread_defaults(os.environ)  # before torch is imported
 
 import shared
 import torch
 
 from ftrain.job import make_job
-from ftrain.launch import finish, init
 from ftrain.mesh import Mesh
 from ftrain.model import find_model
 from ftrain.ops import fill_batch
