@@ -14,7 +14,7 @@ import sys
 import tempfile
 import traceback
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,8 +42,7 @@ def launch(entry: Callable[[Any], None], cfg, command: Sequence[str]) -> int:
     Looks at cfg.nproc and cfg.mesh. In a single process, errors are the caller's to report.
     """
     os.environ.update(slurm(os.environ))
-    # Before torch is imported: threads that spin while they wait halve the speed of a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    thread_defaults(os.environ)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _as_rank(entry, cfg)
     n = _local_ranks(cfg.nproc)
@@ -53,6 +52,17 @@ def launch(entry: Callable[[Any], None], cfg, command: Sequence[str]) -> int:
         return _start_ranks(n, command)
     entry(cfg)
     return 0
+
+
+def thread_defaults(env: MutableMapping[str, str]) -> None:
+    """How torch's threads wait for each other, unless `env` says it already; before torch is imported.
+
+    Threads that spin for long halve the speed of a busy machine; those that sleep at once pay a wake-up at each of a
+    step's hundreds of parallel regions. 10,000 rounds are well under a millisecond: a step of two threads took a tenth
+    less with them than with none.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & env.keys():  # else the count would overrule a policy of the user's
+        env.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="10000")
 
 
 def accelerator() -> str | None:

@@ -9,10 +9,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .transfer import copy_stream
 
-@cache  # one for each device: what is copied out and what is copied back keep their order on it
-def _stream(device: torch.device) -> torch.Stream | None:
-    return None if device.type == "cpu" else torch.Stream(device)
+_stream = cache(copy_stream)  # one for each device: what is copied out and what is copied back keep their order on it
 
 
 def to_host(t: Tensor) -> Tensor:

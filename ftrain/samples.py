@@ -8,7 +8,7 @@ and <video>, or a list of {"type": "text", "text": ...}, {"type": "image"}, ...,
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from os.path import commonprefix
 from pathlib import Path

@@ -25,7 +25,7 @@ class Sent(NamedTuple):
 
 
 def copy_stream(device: torch.device) -> torch.Stream | None:
-    """A stream for `send`; None where the device is no accelerator."""
+    """A new stream to copy on; None where the device is no accelerator."""
     accelerator = torch.accelerator.current_accelerator()
     return torch.Stream(device) if accelerator and accelerator.type == device.type else None
 

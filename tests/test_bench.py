@@ -21,6 +21,8 @@ import report  # noqa: E402
 import shared  # noqa: E402
 import work  # noqa: E402
 
+from ftrain.config import TrainConfig  # noqa: E402
+
 # --- Rows and peers
 
 
@@ -61,6 +63,12 @@ def test_threads_are_shared_out_over_ranks(mesh, threads, of_rank):
     told = work.describe(row, work.PEERS["ftrain"], 3, threads, model="m", batches="b", out="o")
     assert told["threads"] == of_rank
     assert shared.Work(**told).ranks == math.prod(work.MESHES[mesh])
+
+
+def test_ftrain_recomputes_what_it_does_by_default_or_as_told():
+    row = work.find_rows(["dense-h256-l4-s256-fp32-one"])[0]
+    told = [work.describe(row, work.PEERS["ftrain"], 3, 2, *remat, model="m", batches="b") for remat in ((), ("full",))]
+    assert [of["remat"] for of in told] == [TrainConfig().remat, "full"]
 
 
 def test_a_peer_may_have_a_mesh_of_its_own():
@@ -213,7 +221,7 @@ def run_script(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(BENCH / "peers"))
     shared.np.save(tmp_path / "batches.npy", shared.np.ones((3, 2, 4), dtype=int))
     args = argparse.Namespace(
-        work=tmp_path, envs=None, steps=3, threads=1, timeout=20.0, stamp="now", keep_cache=False
+        work=tmp_path, envs=None, steps=3, threads=1, timeout=20.0, stamp="now", keep_cache=False, remat="none"
     )
 
     def run(script: str, timeout: float = 20.0) -> dict:

@@ -13,7 +13,7 @@ import torch
 from checkpoints import HF, META, MODEL, assert_expected, filled, flip, names_in, placed, restored, saved
 
 from ftrain import checkpoint, disk, safetensors_io
-from ftrain.checkpoint import Corrupt, latest, restore, resume, save
+from ftrain.checkpoint import Corrupt, latest, resume, save
 from ftrain.mesh import Mesh
 from ftrain.model import find_model
 from ftrain.ranks import run_ranks

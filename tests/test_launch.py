@@ -45,6 +45,24 @@ sys.exit(launch.launch(entry, cfg, [sys.executable, *sys.argv]))
 """
 
 
+def test_how_threads_wait_is_the_users_to_say():
+    env = {"OMP_NUM_THREADS": "2"}
+    launch.thread_defaults(env)
+    assert env == {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+    env = {"OMP_WAIT_POLICY": "ACTIVE"}
+    launch.thread_defaults(env)
+    assert env == {"OMP_WAIT_POLICY": "ACTIVE"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep no such count")
+def test_peak_memory_is_not_that_of_what_the_process_was_before():
+    """A program that replaces a larger one, as a rank replaces a fork of its launcher."""
+    then = "import torch; from ftrain.flops import peak_memory; print(peak_memory(torch.device('cpu')))"
+    before = f"import os, sys; x = b'x' * 2**30; os.execv(sys.executable, [sys.executable, '-c', {then!r}])"
+    found = subprocess.run([sys.executable, "-c", before], capture_output=True, text=True, check=True)
+    assert 2**26 < int(found.stdout) < 2**30
+
+
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """(what, nproc) -> the command that runs ENTRY, in a clean environment on CPU."""

@@ -1,7 +1,6 @@
 """Compositions: all of them train on every mesh as on one device; what is frozen stays; errors say what is wrong."""
 
 import json
-import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import yaml
-from compositions import DECODERS, ENCODERS, FOUNDATIONS, HIDDEN, TINY, compositions, omni, part
+from compositions import DECODERS, ENCODERS, FOUNDATIONS, TINY, compositions, omni, part
 from hypothesis import HealthCheck, assume, given, settings
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder

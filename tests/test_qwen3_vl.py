@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from checkpoints import META, expected, filled, placed, restored
+from checkpoints import META, filled, placed, restored
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file

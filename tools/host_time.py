@@ -1,48 +1,43 @@
-"""Time what a training run does between its compiled calls: python tools/host_time.py [flags of ftrain].
+"""Time what a training run does between its compiled programs: python tools/host_time.py [flags of ftrain].
 
 A run of the default job (or as the flags say) in a directory of its own. What is counted is all that the loop
-does from one compiled call's return to the next one's start: waiting for the batch, preparing the call, taking
-the metrics to the host, recording and printing them. Also the share of it that this thread was at work, which other
+does from the return of one step's program (program.py) to the start of the next one's: waiting for the batch, preparing
+the call, taking the metrics to the host, recording and printing them. Also the share of it that this thread was at work, which other
 programs on a busy machine change less.
 """
 
 import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as a run has it; must be set before torch starts its threads
-
 import statistics
 import sys
 import tempfile
 import time
 
-import torch
+from ftrain.launch import thread_defaults
+
+thread_defaults(os.environ)  # before torch is imported
 
 from ftrain import config, train
+from ftrain.program import Program
 
 STEPS = 60
 Clock = tuple[float, float]  # seconds: of the wall's clock, and that this thread was on a CPU
 
 
 def main(flags: list[str]) -> None:
-    calls: list[tuple[Clock, Clock]] = []  # when each compiled call began and ended
-    torch_compile = torch.compile
+    calls: list[tuple[Clock, Clock]] = []  # when each run of a program began and ended
+    run = Program.__call__
 
-    def compile(*args, **kwargs):
-        compiled = torch_compile(*args, **kwargs)
+    def timed(program: Program, inputs: list) -> list:
+        began = clock()
+        outputs = run(program, inputs)
+        calls.append((began, clock()))
+        return outputs
 
-        def timed(*of_call):
-            began = clock()
-            result = compiled(*of_call)
-            calls.append((began, clock()))
-            return result
-
-        return timed
-
-    torch.compile = compile
+    Program.__call__ = timed
     with tempfile.TemporaryDirectory() as out:
         defaults = f"--steps {STEPS} --save-every 0 --eval-every 0".split()
         train.main(config.parse([*defaults, *flags, "--out", out]))
-    say("compiled call", [(began, ended) for began, ended in calls[2:]])
+    say("the program", [(began, ended) for began, ended in calls[2:]])
     say("between two", [(ended, began) for (_, ended), (began, _) in zip(calls[1:], calls[2:])])
 
 

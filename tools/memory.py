@@ -5,23 +5,16 @@ were ever left by layers for later, and what the piece had that ran at the peak.
 ranks, and rank 0 reports its own.
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as a run has it; must be set before torch starts its threads
-
 from dataclasses import dataclass, field, replace
+
+from setting import started  # before torch
 
 import tyro
 
-from ftrain.equivalence import random_batch
-from ftrain.job import make_job
 from ftrain.launch import Process, finish, init
 from ftrain.memory import CATEGORIES, Peak, measure
-from ftrain.mesh import Mesh, resolve
-from ftrain.model import Model, find_model
-from ftrain.plan import find_plan
+from ftrain.mesh import Mesh
 from ftrain.remat import POLICIES
-from ftrain.state import init_state
 from ftrain.step import Recipe, make_train_step
 
 MIB = 2**20
@@ -45,23 +38,18 @@ class Config:
 
 def main(cfg: Config) -> None:
     process = init()
-    mesh = resolve(*cfg.mesh, 1, process.world)
-    model = find_model(cfg.model)
     if cfg.lengths:
-        by_length(cfg, model, mesh, process)
+        by_length(cfg, process)
     else:
-        table(cfg, peak(cfg, model, mesh, process), process)
+        table(cfg, peak(cfg, process), process)
     finish()
 
 
-def peak(cfg: Config, model: Model, mesh: Mesh, process: Process) -> Peak:
-    job = make_job(
-        model, find_plan(cfg.plan), mesh, device_type=process.device.type, precision=cfg.precision, remat=cfg.remat
-    )
-    batch = random_batch(model.cfg.vocab, cfg.batch_size, cfg.seq_len, seed=0, packed=False)
-    batch["segment_ids"] = batch["segment_ids"] * 0
-    parts = [{name: t.to(process.device) for name, t in part.items()} for part in job.microbatches(batch)]
-    state = init_state(model.specs, job.placements, job.device_mesh, 0, cfg.optimizer_state)
+def peak(cfg: Config, process: Process) -> Peak:
+    _, model, job, state, parts = started(
+        cfg.model, cfg.batch_size, cfg.seq_len, plan=cfg.plan, mesh=cfg.mesh, optimizer_state=cfg.optimizer_state,
+        process=process, precision=cfg.precision, remat=cfg.remat,
+    )  # fmt: skip
     return measure(make_train_step(model, job.sharding, job.ops, Recipe(), cfg.compile), state, parts)
 
 
@@ -74,7 +62,7 @@ def table(cfg: Config, found: Peak, process: Process) -> None:
         print(f"| peak, in {found.at} | {found.bytes / MIB:.1f} |")
 
 
-def by_length(cfg: Config, model: Model, mesh: Mesh, process: Process) -> None:
+def by_length(cfg: Config, process: Process) -> None:
     def say(*cells) -> None:
         if process.rank == 0:
             print("|", " | ".join(map(str, cells)), "|", flush=True)
@@ -85,11 +73,11 @@ def by_length(cfg: Config, model: Model, mesh: Mesh, process: Process) -> None:
     for length in cfg.lengths:
         cells = []
         for policy in POLICIES:
-            found = peak(replace(cfg, remat=policy, seq_len=length), model, mesh, process)
+            found = peak(replace(cfg, remat=policy, seq_len=length), process)
             left[policy].append(found.most["activations"])
             cells.append(", ".join(f"{n / MIB:.1f}" for n in (found.bytes, left[policy][-1], found.by["temporary"])))
         say(length, *cells)
-    tokens = cfg.batch_size * (cfg.lengths[-1] - cfg.lengths[0]) / mesh.size
+    tokens = cfg.batch_size * (cfg.lengths[-1] - cfg.lengths[0]) / process.world
     if tokens:
         say("activations, bytes a token", *(f"{(of[-1] - of[0]) / tokens:,.0f}" for of in left.values()))
 

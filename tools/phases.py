@@ -4,28 +4,25 @@ Each piece of the step is timed as it runs; the medians over the rounds are adde
 the host waits for the device after each, so that nothing overlaps there: shares, not a step's time.
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as a run has it; must be set before torch starts its threads
-
 import statistics
 import time
 from dataclasses import dataclass
+
+from setting import started  # before torch
 
 import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from ftrain.equivalence import random_batch
 from ftrain.flops import flops_per_token, graph_flops, peak_flops
-from ftrain.job import make_job
-from ftrain.launch import finish, init
+from ftrain.launch import finish
 from ftrain.mesh import Mesh
-from ftrain.model import find_model
-from ftrain.plan import find_plan
-from ftrain.state import init_state
+from ftrain.offload import arrived, to_device, to_host
+from ftrain.program import cut
+from ftrain.schedule import base, is_region
 from ftrain.step import Recipe, make_train_step
 
 
@@ -33,8 +30,8 @@ from ftrain.step import Recipe, make_train_step
 class Config:
     model: str = "qwen3-moe-tiny"
     plan: str = "fsdp_sp_ep"
-    mesh: tuple[int, int, int] = (1, 1, 1)
-    """fsdp, sp, ep: their product is the number of ranks."""
+    mesh: Mesh = Mesh(-1, 1, 1)
+    """Sizes of the mesh; -1: what the ranks give."""
     precision: str = "fp32"
     remat: str = "selective"
     batch_size: int = 8
@@ -42,31 +39,33 @@ class Config:
     rounds: int = 15
 
 
+aten, c10d, own = torch.ops.aten, torch.ops._c10d_functional, torch.ops.ftrain
+UNEMBEDDING, UPDATE = "gradient of the unembedding", "update"
 PHASES = {
-    "_forward": "layers, forward", "_backward": "layers, backward", "all_gather": "starting to gather",
-    "reduce_scatter": "starting to reduce", "all_reduce": "starting to reduce", "wait": "waiting for other ranks",
-    "adamw": "update", "sum_of_squares": "gradient norm", "addmm_": "gradient of the unembedding",
-    "add_": "gradient of the unembedding",
+    c10d.all_gather_into_tensor.default: "starting to gather", c10d.all_to_all_single.default: "starting to exchange",
+    c10d.reduce_scatter_tensor.default: "starting to reduce", c10d.all_reduce.default: "starting to reduce",
+    c10d.wait_tensor.default: "waiting for other ranks",
+    to_host: "starting to copy to the host and back", to_device: "starting to copy to the host and back",
+    arrived: "waiting for the host's copies",
+    aten.zero_.default: UNEMBEDDING, aten.addmm_.default: UNEMBEDDING, own.sum_of_squares.default: "gradient norm",
+    own.adamw_.default: UPDATE, own.adamw_rounded_.default: UPDATE,
 }  # fmt: skip
 
 
-def phase(name: str) -> str:
-    return next((phase for part, phase in PHASES.items() if part in name), "embedding, loss, and what is between")
+def phase(head: fx.Node) -> str:
+    """What a piece of the step is for, by its first operator, which is all of it where no compiler takes it."""
+    if is_region(head):
+        return "layers, " + head.target.__name__.rsplit("_", 1)[1]
+    if head.target is aten.add_.Tensor:  # the count of steps is an input; in bf16 this gradient is added up too
+        return UPDATE if base(head.args[0]).op == "placeholder" else UNEMBEDDING
+    return PHASES.get(head.target, "embedding, loss, and what is between")
 
 
 def main(cfg: Config) -> None:
-    process = init()
-    model = find_model(cfg.model)
-    job = make_job(
-        model, find_plan(cfg.plan), Mesh(*cfg.mesh),
-        device_type=process.device.type, precision=cfg.precision, remat=cfg.remat,
-    )  # fmt: skip
-    state = init_state(model.specs, job.placements, job.device_mesh, 0)
+    process, model, job, state, parts = started(
+        cfg.model, cfg.batch_size, cfg.seq_len, plan=cfg.plan, mesh=cfg.mesh, precision=cfg.precision, remat=cfg.remat
+    )
     step = make_train_step(model, job.sharding, job.ops, Recipe())
-    batch = random_batch(model.cfg.vocab, cfg.batch_size, cfg.seq_len, seed=0)
-    batch["segment_ids"] = torch.zeros_like(batch["segment_ids"])  # one document a row
-    batch["position_ids"] = torch.arange(cfg.seq_len).expand(cfg.batch_size, -1).contiguous()
-    parts = [{name: t.to(process.device) for name, t in part.items()} for part in job.microbatches(batch)]
     step(state, parts)
     program = step.program(state, parts)
     whole, seen = [], [[] for _ in program.instructions]
@@ -83,8 +82,8 @@ def main(cfg: Config) -> None:
                 seen[i].append(time.perf_counter() - began)
                 began = time.perf_counter()
     shares: dict[str, float] = {}
-    for instruction, times in zip(program.instructions, seen, strict=True):
-        name = phase(instruction.name)
+    for piece, times in zip(cut(program.nodes), seen, strict=True):
+        name = phase(piece[0])
         shares[name] = shares.get(name, 0.0) + statistics.median(times)
     if process.rank == 0:
         report(cfg, model, process, program, statistics.median(whole), shares)

@@ -3,24 +3,17 @@
 The two take turns, since a shared machine's speed drifts; medians and their ratio are printed.
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as a run has it; must be set before torch starts its threads
-
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
+from setting import started  # before torch
+
 import tyro
 
-from ftrain.equivalence import random_batch
-from ftrain.job import make_job
-from ftrain.launch import finish, init
+from ftrain.launch import finish
 from ftrain.mesh import Mesh
-from ftrain.model import find_model
-from ftrain.plan import find_plan
 from ftrain.state import init_state
 from ftrain.step import Recipe, make_train_step
 
@@ -37,18 +30,13 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    process = init()
-    model = find_model(cfg.model)
-    job = make_job(
-        model, find_plan("fsdp_sp_ep"), Mesh(),
-        device_type=process.device.type, precision=cfg.precision, remat=cfg.remat,
-    )  # fmt: skip
-    batch = random_batch(model.cfg.vocab, cfg.batch_size, cfg.seq_len, seed=0)
-    parts = [{name: t.to(process.device) for name, t in part.items()} for part in job.microbatches(batch)]
+    _, model, job, _, parts = started(
+        cfg.model, cfg.batch_size, cfg.seq_len, mesh=Mesh(), precision=cfg.precision, remat=cfg.remat
+    )
+    steps = {mode: make_train_step(model, job.sharding, job.ops, Recipe(), mode) for mode in ("inductor", "off")}
 
-    def stepper(mode: str) -> Callable[[], float]:
+    def stepper(step: Callable) -> Callable[[], float]:
         state = init_state(model.specs, job.placements, job.device_mesh, 0)
-        step = make_train_step(model, job.sharding, job.ops, Recipe(), mode)
 
         def run() -> float:
             began = time.perf_counter()
@@ -57,7 +45,7 @@ def main(cfg: Config) -> None:
 
         return run
 
-    steppers = {mode: stepper(mode) for mode in ("inductor", "off")}
+    steppers = {mode: stepper(step) for mode, step in steps.items()}
     for mode, run in steppers.items():
         print(f"{mode}: first step {run():.1f} s", flush=True)
     times = {mode: [] for mode in steppers}
@@ -68,7 +56,8 @@ def main(cfg: Config) -> None:
         print(f"{mode}: median {statistics.median(seen):.3f} s, {min(seen):.3f} to {max(seen):.3f} s over {len(seen)}")
     ratios = [off / on for on, off in zip(times["inductor"], times["off"], strict=True)]
     print(f"uncompiled / compiled: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
-    print(f"graphs compiled: {torch._dynamo.utils.counters['stats']['unique_graphs']}")
+    for program, _ in steps["inductor"].graph.programs.values():
+        print(f"compiled: {program.compiled}")
     finish()
 
 

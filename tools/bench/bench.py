@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 
 from environments import REPO, environment
-from work import DEFAULT, LIMITS, PEERS, TOKENS, VOCAB, Peer, Row, config, describe, find_peers, find_rows
+from work import DEFAULT, LIMITS, PEERS, REMAT, TOKENS, VOCAB, Peer, Row, config, describe, find_peers, find_rows
 
 HERE = Path(__file__).resolve().parent
 
@@ -32,6 +32,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=25, help="of a run")
     parser.add_argument("--warmup", type=int, default=5, help="steps at its start that are not timed")
     parser.add_argument("--threads", type=int, default=2, help="of a run's ranks together, on as many CPUs")
+    parser.add_argument("--remat", default=REMAT, choices=("none", "selective", "full", "offload"), help="of ftrain")
     parser.add_argument("--timeout", type=float, default=900, help="seconds after which a run has failed")
     parser.add_argument("--keep-cache", action="store_true", help="use what earlier runs compiled")
     parser.add_argument("--no-limits", action="store_true", help="do not measure what the machine can do")
@@ -107,15 +108,17 @@ def run(args: argparse.Namespace, row: Row, name: str, peer: Peer, number: int, 
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("rank-*.json"):
         old.unlink()
-    work = describe(row, peer, args.steps, args.threads, out=str(folder), **places)
+    work = describe(row, peer, args.steps, args.threads, args.remat, out=str(folder), **places)
     (folder / "work.json").write_text(json.dumps(work, indent=1))
     python = environment(peer.environment, args.work, args.envs)
     ranks = work["fsdp"] * work["sp"] * work["ep"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     cache = args.work / "cache" / ("kept" if args.keep_cache else args.stamp) / row.name / name
-    # The same for all. Threads that spin while they wait would take a core from the other ranks.
+    # The same for all, and how threads wait as `ftrain.launch.thread_defaults` has it: those that spin for long would take
+    # a core from the other ranks.
     env = os.environ | {
-        "OMP_NUM_THREADS": str(work["threads"]), "MKL_NUM_THREADS": str(work["threads"]), "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": str(work["threads"]), "MKL_NUM_THREADS": str(work["threads"]),
+        "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000",
         "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false",
         "TORCHINDUCTOR_CACHE_DIR": str(cache), "JAX_COMPILATION_CACHE_DIR": str(cache),
     }  # fmt: skip
@@ -149,6 +152,7 @@ def all_runs(args: argparse.Namespace) -> Path:
     commit = subprocess.run(["git", "-C", REPO, "describe", "--always", "--dirty"], capture_output=True, text=True)
     setting = {
         "steps": args.steps, "warmup": args.warmup, "rounds": args.rounds, "threads": args.threads, "tokens": TOKENS,
+        "remat": args.remat,
         "commit": commit.stdout.strip(), "machine": f"{cpu_name()}, {os.cpu_count()} CPUs", "began": args.stamp,
     }  # fmt: skip
     runs: list[dict] = []

@@ -7,6 +7,7 @@ from typing import NamedTuple
 VOCAB = 4096
 TOKENS = 2048  # of a global batch, whatever the length of its rows
 ADAM = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip": 1.0}
+REMAT = "selective"  # the default of ftrain's command line
 # (fsdp, sp, ep): fsdp and ep cut the batch, sp the sequence, and each multiplies the ranks.
 MESHES = {"one": (1, 1, 1), "fsdp2": (2, 1, 1), "sp2": (1, 2, 1), "ep2": (1, 1, 2), "sp2ep2": (1, 2, 2)}
 
@@ -108,11 +109,11 @@ def find_peers(row: Row, names: list[str]) -> dict[str, Peer]:
     return {p: how for p, how in wanted.items() if row.mesh in how.meshes and row.family in how.families}
 
 
-def describe(row: Row, peer: Peer, steps: int, threads: int, **places: str) -> dict:
+def describe(row: Row, peer: Peer, steps: int, threads: int, remat: str = REMAT, **places: str) -> dict:
     """What a runner is told (`peers/shared.py`, Work). threads: of all ranks together; a rank has at least one."""
     fsdp, sp, ep = MESHES[peer.mesh or row.mesh]
     ranks = fsdp * sp * ep
     return {
         **places, **ADAM, "dtype": row.dtype, "steps": steps, "threads": max(1, threads // ranks),
-        "fsdp": fsdp, "sp": sp, "ep": ep, "compile": peer.compile,
+        "fsdp": fsdp, "sp": sp, "ep": ep, "compile": peer.compile, "remat": remat,
     }  # fmt: skip

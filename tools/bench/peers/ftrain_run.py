@@ -2,13 +2,14 @@
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from ftrain.launch import finish, init, thread_defaults
+
+thread_defaults(os.environ)  # before torch is imported
 
 import shared
 import torch
 
 from ftrain.job import make_job
-from ftrain.launch import finish, init
 from ftrain.mesh import Mesh
 from ftrain.model import find_model
 from ftrain.ops import fill_batch
@@ -19,20 +20,28 @@ from ftrain.step import Recipe, make_train_step
 
 
 def make_step(work: shared.Work, mode: str = "inductor"):
-    """-> (the job, step(ids [B, S]) -> (loss, norm)). Needs an initialised process group."""
+    """-> (the job, step(ids [B, S]) -> (loss, norm)). Needs an initialised process group.
+
+    Where it is captured, `step.program(ids)` is what it runs.
+    """
     model = find_model(work.model)
-    job = make_job(model, find_plan("fsdp_sp_ep"), Mesh(work.fsdp, work.sp, work.ep), precision=work.dtype, remat="selective")
+    mesh = Mesh(work.fsdp, work.sp, work.ep)
+    job = make_job(model, find_plan("fsdp_sp_ep"), mesh, precision=work.dtype, remat=work.remat)
     state = init_from(work.model, model, job.placements, job.device_mesh)
     adam = AdamW(work.lr, work.beta1, work.beta2, work.eps, weight_decay=0.0, clip=work.clip)
     recipe = Recipe(adam, Schedule(work.steps, "constant"))
     train_step = make_train_step(model, job.sharding, job.ops, recipe, mode)
 
+    def parts(ids) -> list[dict[str, torch.Tensor]]:
+        batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(shared.next_tokens(ids))}
+        return job.microbatches(fill_batch(batch))
+
     def step(ids) -> tuple[float, float]:
         nonlocal state
-        batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(shared.next_tokens(ids))}
-        state, metrics = train_step(state, job.microbatches(fill_batch(batch)))
+        state, metrics = train_step(state, parts(ids))
         return float(metrics["loss"]), float(metrics["grad_norm"])
 
+    step.program = lambda ids: train_step.program(state, parts(ids))
     return job, step
 
 

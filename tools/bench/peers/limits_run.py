@@ -1,9 +1,10 @@
 """What the machine can do at ftrain's own shapes, all ranks busy at once, and how much of it ftrain's step asks for.
 
-Matrix products of the model's own shapes, in its dtype; memory; the collectives of one eager step of ftrain, at the
-mean size that it has of each kind.
+Matrix products of the model's own shapes, in its dtype; memory; the collectives of ftrain's step as it is compiled, at
+the mean size that it has of each kind.
 """
 
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from ftrain.flops import flops_per_token
 from ftrain.launch import finish, init
 
 LONG_ENOUGH = 0.15  # seconds
+KIND = re.compile("all_gather|reduce_scatter|all_reduce|all_to_all")
 TRIAD = 1 << 24  # elements of each of three fp32 tensors: more than caches hold
 
 
@@ -90,25 +92,35 @@ def collective(kind: str, size: int) -> float:
     return statistics.median(times[2:])
 
 
-def asked_for(step: Callable[[], object]) -> dict[str, tuple[int, int]]:
-    """The collectives of an eager step, kind -> (how many, bytes), the mean of the ranks: expert dispatch differs."""
+def asked_for(step: Callable, ids) -> dict[str, tuple[int, int]]:
+    """The collectives of a captured step, kind -> (how many, bytes).
+
+    Of a kind with sizes that depend on the data (expert dispatch), the bytes are those of this step, the mean of the
+    ranks.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    unknown = set()
+    for of in step.program(ids).collectives():
+        kind = KIND.match(of.kind).group()
+        count, size = found.get(kind, (0, 0))
+        found[kind] = count + 1, size + (of.bytes or 0)
+        unknown |= {kind} if of.bytes is None else set()
     traffic = Traffic()
     with traffic:
-        step()
-    found = {}
-    for kind, counted in sorted(traffic.seen.items()):
-        mean = torch.tensor(counted, dtype=torch.float64)
+        step(ids)
+    for kind in sorted(unknown):
+        mean = torch.tensor(traffic.seen[kind][1], dtype=torch.float64)
         dist.all_reduce(mean)
-        found[kind] = tuple(int(n) for n in mean / dist.get_world_size())
+        found[kind] = found[kind][0], int(mean / dist.get_world_size())
     return found
 
 
 def main() -> None:
     work = shared.read()
     init()
-    job, step = ftrain_run.make_step(work, "off")
+    job, step = ftrain_run.make_step(work, "aot_eager")  # inductor's graph, which is not compiled only to be counted
     ids = work.ids()[0]
-    asked = asked_for(lambda: step(ids))
+    asked = asked_for(step, ids)
     specs, dtype = job.model.specs, torch.bfloat16 if work.dtype == "bf16" else torch.float32
     limits = {
         "flops": ids.size * flops_per_token(specs, job.model.cfg, ids.shape[1]),

@@ -35,6 +35,7 @@ class Work:
     eps: float
     clip: float
     compile: bool
+    remat: str  # what ftrain recomputes; the other programs have no such choice, or are told to recompute nothing
 
     @property
     def ranks(self) -> int:
