@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .blocks import naming_values
 from .program import Program
 
 MODES = ("inductor", "aot_eager", "off")
@@ -52,8 +53,8 @@ class OneGraph:
             return out
 
         # Activation checkpointing is to act while it is captured, not to leave tags for a compiler.
-        with torch.compiler._non_strict_tracing_context():
-            graph = make_fx(flat_fn, tracing_mode="fake")(*flat)
+        with torch.compiler._non_strict_tracing_context(), naming_values():
+            graph = make_fx(flat_fn, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
         return Program(graph, self.mode), result[0]
 
 

@@ -1,6 +1,6 @@
 """A model, a plan and a mesh, brought together for this rank: what training, checking and export start from."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from .layout import Placements
 from .mesh import Mesh, device_mesh
 from .model import Model
 from .ops import Ops, plain
-from .parallel import Sharding, parallel_ops, shard_model
+from .parallel import Sharding, on_host, parallel_ops, shard_model
 from .plan import Plan, ask, over_replicas
 from .precision import compute_dtype, grouped_mm_for, linear_for, sent_in_float8
 
@@ -77,10 +77,11 @@ class Job:
 def make_job(
     model: Model, plan: Plan, mesh: Mesh, replica: int = 1, *,
     device_type: str = "cpu", precision: str = "fp32", remat: str = "none", fp8_all_gather: bool = False,
+    exchanged: Callable[[Tensor], list[list[int]]] = on_host,
 ) -> Job:  # fmt: skip
     """Needs an initialised process group of mesh.size * replica ranks; every rank must call it.
 
-    fp8_all_gather: the weights that `linear` quantises are gathered as float8.
+    fp8_all_gather: the weights that `linear` quantises are gathered as float8. exchanged: as for `parallel_ops`.
     Raises ValueError where model, plan and mesh do not fit each other, or fp8_all_gather and the precision.
     """
     float8 = sent_in_float8(model, precision) if fp8_all_gather else ()
@@ -88,7 +89,7 @@ def make_job(
     devices = device_mesh(mesh, replica, device_type)
     sharding = shard_model(model.specs, placements, devices, compute_dtype(precision), float8)
     ops = replace(plain(), linear=linear_for(precision), **attention_for(device_type, compute_dtype(precision)))
-    ops = parallel_ops(ops, sharding, remat, grouped_mm_for(precision))
+    ops = parallel_ops(ops, sharding, remat, grouped_mm_for(precision), exchanged)
     rank, ranks = 0, 1
     for axis, size, at in zip(devices.mesh_dim_names, devices.shape, devices.get_coordinate()):
         if axis != "sp":

@@ -31,7 +31,9 @@ def exact(value: Hashable) -> tuple:
 
 
 def constant(t: Tensor) -> tuple:
-    """What equal constants have in common."""
+    """What equal constants have in common. Raises ValueError for what is none: a tensor that an earlier capture made."""
+    if isinstance(t, FakeTensor):
+        raise ValueError(f"a tensor is kept from one call to another ({t.dtype} {tuple(t.shape)}): make it anew in each")
     with unset_fake_temporarily():
         return t.dtype, tuple(t.shape), tuple(map(exact, t.flatten().tolist()))
 

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
+from .blocks import held
 from .collectives import Group, all_gather, all_reduce, all_to_all, all_to_all_equal, group_over, reduce_scatter
 from .experts import combine, grouped_mlp, permute, sort_by_expert
 from .layout import Pieces, Placements
 from .ops import Ops
 from .precision import pack, unpack
 from .region import Weights, capturing, differentiable
-from .remat import naming_changes, remat
+from .remat import remat
 from .specs import Specs
 
 
@@ -64,7 +65,7 @@ class Bucket:
         return [p.assemble(part) for p, part in zip(self.pieces, parts)]
 
     def filled(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
-        """Zeros for those that are missing, as autograd gives them to `Gather`. One at least is there."""
+        """Zeros for those that are missing. One at least is there."""
         like = next(g for g in grads if g is not None)
         return [like.new_zeros(p.shape) if g is None else g for p, g in zip(self.pieces, grads)]
 
@@ -89,12 +90,15 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, bucket: Bucket, *shards: Tensor):
         ctx.bucket = bucket
+        ctx.set_materialize_grads(False)
         # An autograd.Function may not return its input itself.
         return tuple(t.view_as(t) for t in bucket.assemble(bucket.start(shards)))
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        return None, *ctx.bucket.finish(ctx.bucket.take_apart(grads))
+        if all(grad is None for grad in grads):
+            return None, *grads
+        return None, *ctx.bucket.finish(ctx.bucket.take_apart(ctx.bucket.filled(grads)))
 
 
 def gathering(buckets: Sequence[Bucket], shards: Mapping[str, Tensor]) -> Weights:
@@ -271,10 +275,22 @@ def gather_group(buckets: tuple[Bucket, ...], shards: Mapping[str, Tensor]) -> d
     return out
 
 
-def parallel_ops(ops: Ops, sharding: Sharding, policy: str, grouped_mm: Callable[..., Tensor]) -> Ops:
+def on_host(sizes: Tensor) -> list[list[int]]:
+    """How many rows go to each rank and come from each, [2, ranks], by one copy to the host."""
+    found = sizes.cpu().tolist()
+    for n in (n for row in found for n in row):
+        torch._check(n >= 0)
+    return found
+
+
+def parallel_ops(
+    ops: Ops, sharding: Sharding, policy: str, grouped_mm: Callable[..., Tensor],
+    exchanged: Callable[[Tensor], list[list[int]]] = on_host,
+) -> Ops:  # fmt: skip
     """`ops`, with its functions made to mean the same on this rank's part of the batch and sequence.
 
     policy: what a layer recomputes in the backward (remat.py). Its parameters are `Gathered`.
+    exchanged: reads what depends on the data; a forecast, which has none, assumes it.
     """
     sp = sharding.sp
 
@@ -298,9 +314,7 @@ def parallel_ops(ops: Ops, sharding: Sharding, policy: str, grouped_mm: Callable
             buckets = p.buckets[key]
             names = [name for bucket in buckets for name in bucket.names]
 
-            def run(x, *params, key=key, names=names, layer=layer):
-                with naming_changes(key):
-                    return block({name[len(key) + 1 :]: t for name, t in zip(names, params)}, x, layer)
+            run = held(block, layer, key, names)
 
             def gather_and_run(x, *shards, run=run, buckets=buckets, names=names):
                 return run(x, *gather_group(buckets, dict(zip(names, shards))).values())
@@ -316,16 +330,14 @@ def parallel_ops(ops: Ops, sharding: Sharding, policy: str, grouped_mm: Callable
                     out = remat(gather_and_run, policy)(x, *(p.shards[name] for name in names))
             finally:
                 p.within = None
-            if not isinstance(out, tuple) or len(out) != 2:
-                raise TypeError(f"the block of {key} must return (x, y), not {type(out).__name__}; y may be None")
             x, y = out
             ys.append(y)
         return x, ys
 
     experts = partial(ops.experts, grouped_mm=grouped_mm)
     if sharding.expert_slots is not None:
-        experts = dispatching_experts(sharding.ep, sharding.expert_slots, grouped_mm)
-    place = sending_place(ops.place, sharding.world) if sharding.world.size > 1 else ops.place
+        experts = dispatching_experts(sharding.ep, sharding.expert_slots, grouped_mm, exchanged)
+    place = sending_place(ops.place, sharding.world, exchanged) if sharding.world.size > 1 else ops.place
     return replace(ops, mask=mask, attention=attention, place=place, experts=experts, scan=scan)
 
 
@@ -355,13 +367,11 @@ def tokens_for_heads(x: Tensor, sp: Group) -> Tensor:
     return x.permute(1, 2, 0, 3, 4).reshape(B, S // sp.size, sp.size * N, D)
 
 
-def sending_place(place: Callable[..., Tensor], world: Group) -> Callable[..., Tensor]:
+def sending_place(place: Callable[..., Tensor], world: Group, exchanged=on_host) -> Callable[..., Tensor]:
     """`ops.place` where items are encoded on any rank: outputs go to the ranks that hold their tokens (items.py)."""
 
     def sending(y: Tensor, batch: Mapping[str, Tensor], name: str) -> Tensor:
-        sent, received = batch[f"{name}.splits"].cpu().tolist()
-        for n in (*sent, *received):
-            torch._check(n >= 0)
+        sent, received = exchanged(batch[f"{name}.splits"])
         n = sum(sent)
         torch._check(n <= y.shape[0])
         # In the order of the ranks; what no token takes comes last, and stays.
@@ -371,7 +381,7 @@ def sending_place(place: Callable[..., Tensor], world: Group) -> Callable[..., T
     return sending
 
 
-def dispatching_experts(ep: Group, slots: tuple[int, ...], grouped_mm: Callable[..., Tensor]):
+def dispatching_experts(ep: Group, slots: tuple[int, ...], grouped_mm: Callable[..., Tensor], exchanged=on_host):
     """`ops.experts` where each ep rank keeps E/ep experts: tokens go to their experts and come back.
 
     Dropless: the number of rows sent to each rank follows the routing, step by step.
@@ -384,9 +394,7 @@ def dispatching_experts(ep: Group, slots: tuple[int, ...], grouped_mm: Callable[
         order, inverse, counts = sort_by_expert(slot, E)  # rows grouped by ep rank, then by its expert
         arriving = all_to_all_equal(counts.view(ep.size, E // ep.size), ep)  # [from rank, my expert]
         # One copy to the host, the only one of the layer: the sizes of what follows depend on it.
-        sent, received = torch.stack([counts.view(ep.size, -1).sum(1), arriving.sum(1)]).cpu().tolist()
-        for n in (*sent, *received):
-            torch._check(n >= 0)
+        sent, received = exchanged(torch.stack([counts.view(ep.size, -1).sum(1), arriving.sum(1)]))
         rows = permute(x, order, inverse, index.shape[1])
         rows = all_to_all(rows, received, sent, ep)  # grouped by rank they came from, then by expert
 

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing, get_proxy_mode, has_proxy_slot, make_fx, track_tensor_tree,
 )  # fmt: skip
 from torch.fx.experimental.symbolic_shapes import free_symbols
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .offload import arrived, to_device, to_host
 from .outline import constant, exact, outline
@@ -114,8 +114,6 @@ def _known(
         learning = [x.requires_grad and grad, *(grad and learns for learns in learn)]
         inputs = [t.detach().requires_grad_(of) for t, of in zip([x, *params], learning, strict=True)]
         found = outline(fn, inputs)
-    if any(t._backward_hooks for t in inputs):  # it would be put on once more where the layer is recomputed
-        raise ValueError(f"{name}: a hook on a layer's input or parameter has no place in a captured step: use a Function")
     around = [has_proxy_slot(t, outer) for t in found.outside]
     key = (found.key, tuple(around), weights.layout)
     if key not in known:
@@ -206,7 +204,7 @@ def _split(name: str, traced: fx.GraphModule, seen: dict[str, Any]) -> _Pair:
              for i, grad in enumerate(grads) if grad is not None]  # fmt: skip
     grads = [grad for grad in (*of_x, *of_rows, *of_closures) if grad is not None]
     inner = {n for n in before if n not in source and n.op != "get_attr"} - set(prologue)
-    needed = _ancestors(grads, stop=inner | set(source))
+    needed = _behind(grads, [n for n in (*prologue, *after) if n not in source])
     crossing = [n for n in before if n in needed and n in inner]
     forward = _region(f"{name}_forward", traced, before, source, given, [*outputs, *crossing])
     if not gives:
@@ -218,15 +216,31 @@ def _split(name: str, traced: fx.GraphModule, seen: dict[str, Any]) -> _Pair:
     return _Pair(forward, backward, closures, differentiable, seen["leaves"], seen["spec"], wants, gives)
 
 
-def _ancestors(nodes: Sequence[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
-    found, stack = set(), list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            if node not in stop:
-                stack += node.all_input_nodes
-    return found
+def _behind(goals: Sequence[fx.Node], nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """What computes the goals: of `nodes`, which run in this order, those that these read, and those that change in
+    place what is read later, whether or not anything uses their results; with all that they read."""
+    needed = set(goals)
+    memory = set().union(*map(_memory, goals))
+    for n in reversed(nodes):
+        if n in needed or any(_memory(m) & memory for m in _changed(n)):
+            needed |= {n, *n.all_input_nodes}
+            memory = memory.union(_memory(n), *map(_memory, n.all_input_nodes))
+    return needed
+
+
+def _memory(node: fx.Node) -> set[int]:
+    """The storages of a node's results: a view has that of what it is a view of."""
+    return {t.untyped_storage()._cdata for t in tree_leaves(node.meta.get("val")) if isinstance(t, Tensor)}
+
+
+def _changed(node: fx.Node) -> list[fx.Node]:
+    """What an operator changes in place, by its schema."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return []
+    given = list(zip(node.target._schema.arguments, node.args))
+    given += [(of, node.kwargs[of.name]) for of in node.target._schema.arguments if of.name in node.kwargs]
+    written = [value for of, value in given if of.alias_info is not None and of.alias_info.is_write]
+    return [n for n in tree_leaves(written) if isinstance(n, fx.Node)]
 
 
 def _region(
@@ -339,6 +353,9 @@ class _Differentiable(torch.autograd.Function):
                 if isinstance(kept[at], Tensor):  # and no size that depends on the data
                     ctx.proxies[at] = _call(to_host, ctx.proxies[at])
                     ctx.away[at] = kept[at].device
+        ctx.set_materialize_grads(False)
+        kinds = [(t.shape, t.dtype, t.device) for t in outs]
+        ctx.zeros = lambda i: torch.zeros(kinds[i][0], dtype=kinds[i][1], device=kinds[i][2])
         # Not for their values: autograd sees to it that they are still what they were.
         ctx.save_for_backward(*_needed(pair, x, outs))
         ctx.mark_non_differentiable(*(t for t, is_so in zip(outs, pair.differentiable) if not is_so))
@@ -349,8 +366,12 @@ class _Differentiable(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise NotImplementedError(f"gradients of gradients, through {ctx.pair.forward.__name__}: a layer has none")
         ctx.saved_tensors  # raises where one of them was changed in place
+        if all(t is None for t in above):  # nothing depends on the layer
+            return (None,) * len(ctx.needs_input_grad)
         pair, weights, proxies = ctx.pair, ctx.weights, ctx.proxies
-        proxies |= {("above", i): p for i, p in enumerate(_proxies(above))}
+        wanted = [i for kind, i in pair.wants if kind == "above"]
+        given = [ctx.zeros(i) if above[i] is None else above[i] for i in wanted]
+        proxies |= {("above", i): p for i, p in zip(wanted, _proxies(given))}
         if any(kind == "row" for kind, _ in pair.wants):
             proxies |= {("row", i): p for i, p in enumerate(_proxies(weights.start(weights.shards)))}
         back = {at: _call(to_device, proxies[at], device) for at, device in ctx.away.items()}

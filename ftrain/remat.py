@@ -1,10 +1,7 @@
 """What a layer keeps for its backward, and what it computes again."""
 
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -55,7 +52,7 @@ GATHER = {
 
 
 def _keep(policy: str, ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    if op in ONCE:
+    if op in ONCE or torch.Tag.nondeterministic_seeded in op.tags:  # drawn again, they would be other numbers
         keep = True
     elif policy == "full":
         keep = False
@@ -77,19 +74,3 @@ def remat(layer: Callable, policy: str) -> Callable:
         raise ValueError(f"--remat {policy}: valid policies are {', '.join(POLICIES)}")
     contexts = partial(create_selective_checkpoint_contexts, partial(_keep, policy))
     return partial(checkpoint, layer, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
-
-
-@contextmanager
-def naming_changes(layer: str) -> Iterator[None]:
-    """Turns torch's complaint about a kept result that was changed in place into a ValueError that says where."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "has been mutated" not in str(error):
-            raise
-        of_torch = str(Path(torch.__file__).parent)
-        at = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(of_torch)][-1]
-        raise ValueError(
-            f"{layer}: {at.filename}, line {at.lineno} ({at.line}): its result is changed in place, but the backward "
-            "needs it as it was: use operators without a trailing _; F.rms_norm has such inside, F.layer_norm has none"
-        ) from error
