@@ -16,19 +16,20 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, P
 from torch.overrides import TorchFunctionMode
 
 
-def held(block: Callable, layer: int, key: str, names: Sequence[str]) -> Callable[..., tuple[Tensor, Any]]:
+def held(
+    block: Callable, layer: int, key: str, names: Sequence[str], read: set[str]
+) -> Callable[..., tuple[Tensor, Any]]:  # fmt: skip
     """`block(parameters, x, layer)` as a function of x and the layer's parameters, in the order of `names`.
 
-    Raises ValueError where it reads not all of them, changes in place what its backward needs, or puts a hook on what
-    is not its own; TypeError where it does not return two.
+    read: the names of parameters, without the layer's, that a block has read: what this one reads is added.
+    Raises ValueError where it changes in place what its backward needs, or puts a hook on what is not its own;
+    TypeError where it does not return two.
     """
 
     def run(x: Tensor, *params: Tensor) -> tuple[Tensor, Any]:
-        given = _Reads({name[len(key) + 1 :]: t for name, t in zip(names, params, strict=True)})
+        given = _Reads({name[len(key) + 1 :]: t for name, t in zip(names, params, strict=True)}, read)
         with naming_changes(key), _HooksOnItsOwn(key):
             out = block(given, x, layer)
-        if given.unread:
-            raise ValueError(f"{key}: the block reads no {', '.join(sorted(given.unread))}, which the model declares")
         if not isinstance(out, tuple) or len(out) != 2:
             raise TypeError(f"the block of {key} must return (x, y), not {type(out).__name__}; y may be None")
         return out
@@ -37,14 +38,14 @@ def held(block: Callable, layer: int, key: str, names: Sequence[str]) -> Callabl
 
 
 class _Reads(Mapping):
-    """A layer's parameters, and which of them were never read."""
+    """A layer's parameters, which notes what is read."""
 
-    def __init__(self, of: Mapping[str, Tensor]):
-        self.of, self.unread = of, set(of)
+    def __init__(self, of: Mapping[str, Tensor], read: set[str]):
+        self.of, self.read = of, read
 
     def __getitem__(self, name: str) -> Tensor:
         found = self.of[name]
-        self.unread.discard(name)
+        self.read.add(name)
         return found
 
     def __iter__(self) -> Iterator[str]:

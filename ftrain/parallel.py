@@ -309,12 +309,15 @@ def parallel_ops(
 
     def scan(block, p: Gathered, prefix: str, n: int, x: Tensor) -> tuple[Tensor, list]:
         ys, known = [], {}
+        declared: set[str] = set()
+        read: set[str] = set()
         for layer in range(n):
             key = f"{prefix}.{layer}"
             buckets = p.buckets[key]
             names = [name for bucket in buckets for name in bucket.names]
 
-            run = held(block, layer, key, names)
+            run = held(block, layer, key, names, read)
+            declared |= {name[len(key) + 1 :] for name in names}
 
             def gather_and_run(x, *shards, run=run, buckets=buckets, names=names):
                 return run(x, *gather_group(buckets, dict(zip(names, shards))).values())
@@ -332,6 +335,8 @@ def parallel_ops(
                 p.within = None
             x, y = out
             ys.append(y)
+        if idle := sorted(declared - read):
+            raise ValueError(f"{prefix}: no block reads {', '.join(idle)}, which the model declares")
         return x, ys
 
     experts = partial(ops.experts, grouped_mm=grouped_mm)

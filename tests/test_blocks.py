@@ -160,7 +160,7 @@ def test_a_hook_on_its_own_is_part_of_it(mode):
 @pytest.mark.parametrize("mode", ["off", "aot_eager"])
 def test_a_parameter_that_no_block_reads_is_named(mode):
     specs = specs_of() | {f"l.{i}.idle": ParamSpec((H, H), normal(0.5)) for i in range(LAYERS)}
-    with pytest.raises(ValueError, match=r"l\.0: the block reads no idle, which the model declares"):
+    with pytest.raises(ValueError, match="l: no block reads idle, which the model declares"):
         wrong(of_blocks(lambda q, x, i, batch: (base(q, x) + len(q) * ("idle" in q), None)), specs, mode=mode)
 
 
