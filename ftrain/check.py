@@ -33,6 +33,7 @@ from .model import Model, find_model
 from .parallel import expert_slots, group_key, kv_repeats
 from .plan import Plan, ask, find_plan
 from .ranks import run_ranks
+from .remat import POLICIES
 from .specs import ParamSpec
 from .state import make_state, whole
 
@@ -71,6 +72,7 @@ def check(plan: str, model: str) -> bool:
     trained = Trained(rules, small)
     invariants += [
         ("degenerate", trained.degenerate, True),
+        ("captured", trained.captured, False),
         ("state follows parameters", trained.placed, True),
         ("equivalence", trained.equivalent, False),
         ("collectives", trained.collectives, False),
@@ -292,6 +294,23 @@ class Trained:
             if case.runs[0].traffic:
                 raise Broken(f"{case}: expected no collectives, found {case.runs[0].traffic}")
         return "one rank is one device, without collectives"
+
+    def captured(self) -> str:
+        """As a step is trained with: captured as a graph, and recomputing in its backward what each policy says."""
+        policies = [policy for policy in POLICIES if policy != "offload"]  # recomputes as selective does
+        found = []
+        for policy in policies:
+            how = f"one rank, captured, --remat {policy}"
+            try:
+                runs = run_mesh(self.model, self.plan, Mesh(), self.batches, mode="aot_eager", remat=policy)
+            except Exception as error:
+                raise Broken(f"{how}: {type(error).__name__}: {error}") from error
+            try:
+                found += self.compare(Case(Mesh(), 1, 1, runs, None))
+            except Broken as error:
+                raise Broken(f"{how}: {error}; look for the fault in the model") from None
+        worst = max(d.error for d in found)
+        return f"{len(found)} values under --remat {', '.join(policies)}, the largest relative error {worst:.0e}"
 
     def placed(self) -> str:
         """Gradients and moments lie where their parameters do, pieces of the same shapes."""
