@@ -14,8 +14,9 @@ from torch import Tensor, fx
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from .graph import OneGraph
+from .nodes import is_light, is_start, is_wait, mutates
 from .program import Program
-from .schedule import base, is_light, is_region, is_start, is_wait, mutates
+from .schedule import base, is_region
 from .state import State
 
 # Of the step's arguments (step.py); all others are the batch and numbers.

@@ -6,21 +6,21 @@ there into pieces, of which equal ones are compiled once, and run with what they
 
 import operator
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .nodes import begins, computes, is_ours, is_wait, mutates
 from .passes import add_in_order, share_maxima, widen_products
 from .region import structure
 from .schedule import (
-    Collective, begins, collectives, computes, gather_ahead, is_region, is_wait, late_waits, live, mutates, one_by_one,
-    one_line, overlap,
+    Collective, collectives, gather_ahead, is_region, late_waits, live, one_by_one, one_line, overlap,
 )  # fmt: skip
 
 
@@ -159,13 +159,19 @@ class Program:
 def prepared(module: fx.GraphModule, mode: str) -> fx.GraphModule:
     """What is compiled in place of a piece: its operators without updates in place, in the order that hides
     communication."""
+    module = ordered(module, module.graph.nodes)  # its own stays as it was captured, and as its key says
     share_maxima(module.graph)
     add_in_order(module.graph)
     module.recompile()
     if mode == "inductor" or any(mutates(n) for n in module.graph.nodes):
         module = functional(module, mode)
+    return ordered(module, overlap(list(module.graph.nodes)))
+
+
+def ordered(module: fx.GraphModule, nodes: Iterable[fx.Node]) -> fx.GraphModule:
+    """A copy of a graph, its nodes in this order."""
     graph, copied = fx.Graph(), {}
-    for n in overlap(list(module.graph.nodes)):
+    for n in nodes:
         copied[n] = graph.node_copy(n, copied.__getitem__)
     return fx.GraphModule(module, graph)
 
@@ -175,9 +181,9 @@ def functional(module: fx.GraphModule, mode: str) -> fx.GraphModule:
     from torch._inductor.decomposition import select_decomp_table
 
     inputs = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
-    fake = detect_fake_mode(inputs)
+    fake = fake_mode(module.graph)
     table = select_decomp_table() if mode == "inductor" else None
-    with fake or nullcontext(), torch.no_grad():
+    with fake, torch.no_grad():
         flat = make_fx(torch.func.functionalize(module), table, record_module_stack=False)(*inputs)
     widen_products(flat.graph)
     flat.graph.eliminate_dead_code()
@@ -211,9 +217,14 @@ def inductor(module: fx.GraphModule) -> Callable[[list], Sequence]:
     inputs = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
     output = module.graph.output_node()
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
-    fake = detect_fake_mode(inputs)
+    fake = fake_mode(module.graph)
     with fake, tracing(TracingContext(fake)), V.set_fake_mode(fake), torch.no_grad():
         return compile_fx_inner(module, inputs)
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    """That of a graph's values, and not of its inputs alone: it may have none."""
+    return detect_fake_mode([n.meta.get("val") for n in graph.nodes])
 
 
 def alone(node: fx.Node) -> bool:
@@ -225,8 +236,7 @@ def alone(node: fx.Node) -> bool:
 
 def of_many(node: fx.Node) -> bool:
     """Whether a node is an operator of ours on a list of tensors: compiled, it would be another for each model."""
-    ours = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "ftrain"
-    return ours and bool(node.args) and isinstance(node.args[0], (list, tuple))
+    return is_ours(node.target) and bool(node.args) and isinstance(node.args[0], (list, tuple))
 
 
 def cut(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:

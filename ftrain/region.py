@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .nodes import mutates, sources
 from .offload import arrived, to_device, to_host
 from .outline import constant, exact, outline
 
@@ -206,7 +207,9 @@ def _split(name: str, traced: fx.GraphModule, seen: dict[str, Any]) -> _Pair:
              for i, grad in enumerate(grads) if grad is not None]  # fmt: skip
     grads = [grad for grad in (*of_x, *of_rows, *of_closures) if grad is not None]
     inner = {n for n in before if n not in source and n.op != "get_attr"} - set(prologue)
-    needed = _ancestors(grads, stop=inner | set(source))
+    stop = inner | set(source)
+    # What is changed in place is needed as it is then, though what changed it is no result of anyone's.
+    needed = sources([*grads, *filter(mutates, after)], lambda n: n not in stop)
     crossing = [n for n in before if n in needed and n in inner]
     forward = _region(f"{name}_forward", traced, before, source, given, [*outputs, *crossing])
     if not gives:
@@ -216,17 +219,6 @@ def _split(name: str, traced: fx.GraphModule, seen: dict[str, Any]) -> _Pair:
     body = [n for n in (*prologue, *after) if n in needed]
     backward = _region(f"{name}_backward", traced, body, source, wants, grads)
     return _Pair(forward, backward, closures, differentiable, seen["leaves"], seen["spec"], wants, gives)
-
-
-def _ancestors(nodes: Sequence[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
-    found, stack = set(), list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            if node not in stop:
-                stack += node.all_input_nodes
-    return found
 
 
 def _region(

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from torch import fx
 
 from ftrain import schedule
+from ftrain.nodes import is_start, is_wait, mutates
 from ftrain.region import Region
-from ftrain.schedule import base, gather_ahead, is_start, is_wait, late_waits, live, mutates, overlap
+from ftrain.schedule import base, gather_ahead, late_waits, live, overlap
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
