@@ -6,7 +6,7 @@ there into pieces, of which equal ones are compiled once, and run with what they
 
 import operator
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,9 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .nodes import begins, computes, is_ours, is_wait, mutates
 from .passes import add_in_order, share_maxima, widen_products
 from .region import structure
-from .schedule import (
-    Collective, collectives, gather_ahead, is_region, late_waits, live, one_by_one, one_line, overlap,
-)  # fmt: skip
+from .schedule import Collective, collectives, in_order, is_region, one_line, overlap
 
 
 @dataclass
@@ -52,59 +50,56 @@ class Instruction(NamedTuple):
     name: str
 
 
+class Piece(NamedTuple):
+    """A run of nodes as a module of its own: takes -> gives, of which None is for what nothing uses.
+
+    key: equal where pieces do the same. open: whether a compiler may take it.
+    """
+
+    name: str
+    module: fx.GraphModule
+    key: tuple
+    takes: Sequence[fx.Node]
+    gives: Sequence[fx.Node | None]
+    open: bool
+
+
 class Program:
     """The nodes of a graph in the order they run, made callable: list of inputs -> list of outputs."""
 
     def __init__(self, traced: fx.GraphModule, mode: str):
-        self.nodes = live(late_waits(one_by_one(gather_ahead(list(traced.graph.nodes)))))
-        self.compiled = Compiled()
+        self.nodes = in_order(list(traced.graph.nodes))
+        self.size = len(self.nodes)
         slot = {node: i for i, node in enumerate(self.nodes)}
-        self.inputs = [slot[n] for n in self.nodes if n.op == "placeholder"]
         [result] = self.nodes[-1].args
+        self.inputs = [slot[n] for n in self.nodes if n.op == "placeholder"]
         self.outputs = [slot[n] for n in result]
-        pieces = cut(self.nodes)
-        last: dict[fx.Node, int] = {}
-        for i, piece in enumerate(pieces):
-            last |= {m: i for n in piece for m in n.all_input_nodes}
-        kept = set(result)
+        pieces = [bounded(nodes, slot.keys()) for nodes in cut(self.nodes)]
         self.pieces: dict[tuple, fx.GraphModule] = {}  # the distinct ones, by their structure
+        self.compiled = Compiled()
+        calls = self._calls(pieces, mode)
+        self.instructions = [
+            Instruction(
+                calls[piece.key], tuple(slot[n] for n in piece.takes),
+                tuple(None if n is None else slot[n] for n in piece.gives), tuple(slot[n] for n in drops), piece.name,
+            )
+            for piece, drops in zip(pieces, last_uses(pieces, set(result)), strict=True)
+        ]  # fmt: skip
+
+    def _calls(self, pieces: Sequence[Piece], mode: str) -> dict[tuple, Callable[[list], Sequence]]:
+        """What runs each distinct piece, by its key: compiled where there is something to compile."""
         calls: dict[tuple, Callable[[list], Sequence]] = {}
         compiled: set[tuple] = set()
-        self.instructions = []
-        for i, piece in enumerate(pieces):
-            inside = set(piece)
-            takes = list(dict.fromkeys(m for n in piece for m in n.all_input_nodes if m not in inside))
-            gives: list[fx.Node | None] = [n for n in piece if any(u in slot and u not in inside for u in n.users)]
-            head = piece[0]
-            if is_region(head):
-                takes, module, key = list(head.args), head.target.module, head.target.key
-                gives = [None] * len(module.graph.output_node().args[0])
-                for user in head.users:
-                    if user in slot:
-                        gives[user.args[1]] = user
-            else:
-                if len(piece) == 1 and head.users and all(u.target is operator.getitem for u in head.users):
-                    gives = sorted((u for u in head.users if u in slot), key=lambda u: u.args[1])
-                    piece = [head, *gives]
-                module = as_module(piece, takes, gives)
-                key = structure(module)
-            if key not in calls:
-                takes_a_compiler = is_region(head) or not alone(head)
-                if takes_a_compiler:
-                    module = prepared(module, mode)
-                self.pieces[key] = module
-                if mode == "inductor" and takes_a_compiler and any(computes(n) for n in module.graph.nodes):
-                    calls[key] = self._compile(module)
-                    compiled.add(key)
+        for piece in pieces:
+            if piece.key not in calls:
+                module = self.pieces[piece.key] = prepared(piece.module, mode) if piece.open else piece.module
+                if mode == "inductor" and piece.open and any(map(computes, module.graph.nodes)):
+                    calls[piece.key] = self._compile(module)
+                    compiled.add(piece.key)
                 else:
-                    calls[key] = unboxed(module)
-            self.compiled.calls += key in compiled
-            drops = {m for n in piece for m in n.all_input_nodes if last.get(m) == i and m not in inside} - kept
-            self.instructions.append(Instruction(
-                calls[key], tuple(slot[n] for n in takes), tuple(None if n is None else slot[n] for n in gives),
-                tuple(slot[n] for n in drops), head.name,
-            ))  # fmt: skip
-        self.size = len(self.nodes)
+                    calls[piece.key] = unboxed(module)
+            self.compiled.calls += piece.key in compiled
+        return calls
 
     def collectives(self) -> list[Collective]:
         """What this rank exchanges with others, in the order it begins."""
@@ -118,7 +113,7 @@ class Program:
         slots = self.filled(inputs)
         for _ in self.run(slots):
             pass
-        return [slots[i] for i in self.outputs]
+        return self.results(slots)
 
     def filled(self, inputs: list) -> list:
         """The slots before the first instruction. Takes the inputs out of their list."""
@@ -126,6 +121,10 @@ class Program:
         for i in reversed(self.inputs):
             slots[i] = inputs.pop()
         return slots
+
+    def results(self, slots: list) -> list:
+        """The outputs, among the slots after the last instruction."""
+        return [slots[i] for i in self.outputs]
 
     def run(self, slots: list) -> Iterator[Instruction]:
         """Each instruction, after it has run: between two of them, only the slots hold what was computed."""
@@ -225,6 +224,35 @@ def inductor(module: fx.GraphModule) -> Callable[[list], Sequence]:
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:
     """That of a graph's values, and not of its inputs alone: it may have none."""
     return detect_fake_mode([n.meta.get("val") for n in graph.nodes])
+
+
+def bounded(nodes: Sequence[fx.Node], used: Collection[fx.Node]) -> Piece:
+    """A run of nodes, cut out where it ends. used: the nodes of the graph; others are nobody's."""
+    head, inside = nodes[0], set(nodes)
+    if is_region(head):
+        module = head.target.module
+        gives: list[fx.Node | None] = [None] * len(module.graph.output_node().args[0])
+        for user in head.users:
+            if user in used:
+                gives[user.args[1]] = user
+        return Piece(head.name, module, head.target.key, head.args, gives, open=True)
+    takes = list(dict.fromkeys(m for n in nodes for m in n.all_input_nodes if m not in inside))
+    gives = [n for n in nodes if any(u in used and u not in inside for u in n.users)]
+    if len(nodes) == 1 and head.users and all(u.target is operator.getitem for u in head.users):
+        gives = sorted((u for u in head.users if u in used), key=lambda u: u.args[1])
+        nodes = [head, *gives]
+    module = as_module(nodes, takes, gives)
+    return Piece(head.name, module, structure(module), takes, gives, open=not alone(head))
+
+
+def last_uses(pieces: Sequence[Piece], kept: set[fx.Node]) -> list[list[fx.Node]]:
+    """Of each piece, what no later one takes, but for what is kept."""
+    last = {n: i for i, piece in enumerate(pieces) for n in piece.takes}
+    found: list[list[fx.Node]] = [[] for _ in pieces]
+    for n, i in last.items():
+        if n not in kept:
+            found[i].append(n)
+    return found
 
 
 def alone(node: fx.Node) -> bool:

@@ -57,6 +57,14 @@ def reads(node: fx.Node) -> set[fx.Node]:
     return {base(m) for n in ([node, node.args[0]] if is_wait(node) else [node]) for m in n.all_input_nodes}
 
 
+def in_order(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes of a captured graph as they run: by all of the rules below but `overlap`, which is for within regions.
+
+    Gatherings are moved first: what is held back after that is not asked for earlier again.
+    """
+    return live(late_waits(one_by_one(gather_ahead(nodes))))
+
+
 def late_waits(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     """The same nodes, computations in the same order; waits, and what only moves things, just before they are used.
 

@@ -4,6 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ftrain import graph
+from ftrain.program import Program
+
 
 @pytest.fixture
 def one_thread():
@@ -12,6 +15,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """The programs that are made from here on, of whatever function: one for each time that one is captured."""
+    made = []
+    monkeypatch.setattr(graph, "Program", lambda *args: made.append(Program(*args)) or made[-1])
+    return made
 
 
 @pytest.fixture
