@@ -5,7 +5,9 @@ operators, and what layers recompute stands in the graph where it runs. Layers a
 is put in order (schedule.py), and each of its distinct pieces is compiled once (program.py).
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,32 +19,61 @@ from .program import Program
 
 MODES = ("inductor", "aot_eager", "off")
 
+# What runs a program in its place: (program, of each input the name of fn's argument that it is of, inputs) -> outputs.
+Runner = Callable[[Program, list[str], list], list]
+
 
 class OneGraph:
-    """`fn` as one graph, captured and compiled at its first call, and again for other shapes.
-
-    programs: what was captured, by the `layout` of its arguments.
-    """
+    """`fn`, which takes and returns pytrees of tensors, as one graph: captured and compiled at its first call, and
+    again for arguments of another `layout`. Mode `off` captures nothing, and calls fn."""
 
     def __init__(self, fn: Callable, mode: str):
         self.fn, self.mode = fn, mode
-        self.programs: dict[tuple, tuple[Program, object]] = {}
+        self._captured: dict[tuple, tuple[Program, object]] = {}
+        self._runner: Runner | None = None
+
+    @property
+    def programs(self) -> list[Program]:
+        """What was captured until now, the newest last."""
+        return [program for program, _ in self._captured.values()]
 
     def __call__(self, *args):
+        if self.mode == "off":
+            return self.fn(*args)
         flat, tree = tree_flatten(args)
         program, spec = self._program(flat, tree)
         with torch.no_grad():
-            return tree_unflatten(program(flat), spec)
+            outputs = self._runner(program, self._of_leaves(tree), flat) if self._runner else program(flat)
+            return tree_unflatten(outputs, spec)
 
     def program(self, *args) -> Program:
-        """What a call with such arguments runs."""
+        """What a call with such arguments runs, captured if it was not. Raises ValueError in mode `off`."""
+        if self.mode == "off":
+            raise ValueError(f"--compile off captures no graph: compile it, by {' or '.join(MODES[:-1])}")
         return self._program(*tree_flatten(args))[0]
+
+    @contextmanager
+    def run_by(self, runner: Runner) -> Iterator[None]:
+        """Within, calls run what is captured by this function: to look at a program while it runs."""
+        before, self._runner = self._runner, runner
+        try:
+            yield
+        finally:
+            self._runner = before
+
+    @property
+    def names(self) -> list[str]:
+        """Of fn's arguments."""
+        return list(inspect.signature(self.fn).parameters)
+
+    def _of_leaves(self, tree) -> list[str]:
+        return [name for name, of in zip(self.names, tree.children()) for _ in range(of.num_leaves)]
 
     def _program(self, flat: list[Tensor], tree) -> tuple[Program, object]:
         key = (tree, layout(flat))
-        if key not in self.programs:
-            self.programs[key] = self._capture(flat, tree)
-        return self.programs[key]
+        if key not in self._captured:
+            self._captured[key] = self._capture(flat, tree)
+        return self._captured[key]
 
     def _capture(self, flat: list[Tensor], tree) -> tuple[Program, object]:
         result = []
@@ -58,7 +89,7 @@ class OneGraph:
         return Program(graph, self.mode), result[0]
 
 
-def layout(tensors: Sequence[Tensor]) -> tuple:
+def layout(tensors: Iterable[Tensor]) -> tuple:
     """What one graph serves: shapes, strides, dtypes, and which arguments are one tensor (of two that are, the capture
     takes the first for both)."""
     first: dict[int, int] = {}
@@ -68,8 +99,8 @@ def layout(tensors: Sequence[Tensor]) -> tuple:
     )
 
 
-def one_graph(fn: Callable, mode: str) -> Callable:
+def one_graph(fn: Callable, mode: str) -> OneGraph:
     """`fn`, which takes and returns pytrees of tensors, compiled whole; `off` runs it as it is."""
     if mode not in MODES:
         raise ValueError(f"--compile {mode}: valid modes are {', '.join(MODES)}")
-    return fn if mode == "off" else OneGraph(fn, mode)
+    return OneGraph(fn, mode)

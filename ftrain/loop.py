@@ -15,6 +15,7 @@ from .console import Console
 from .data import Batch, Data, prefetch
 from .disk import CHECKPOINTS
 from .flops import flops_per_token, peak_flops, peak_memory
+from .graph import layout
 from .items import Packing
 from .job import Job
 from .launch import Process
@@ -29,7 +30,6 @@ from .step import Recipe, make_eval_step, make_train_step, metric
 from .transfer import Sent, a_step_late, copy_stream, fetch, receive, send, to_device
 
 Log = Callable[..., None]  # (step, **values), as `Records.log`
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 class Issued(NamedTuple):
@@ -77,20 +77,19 @@ def loop(
 
     def issued() -> Iterator[Issued]:
         nonlocal state
-        shapes: set[Shapes] = set()
+        layouts: set[tuple] = set()  # of microbatches: all else that the step takes keeps its own
         so_far = None
         for step, (sent, packings, tokens) in enumerate(prefetch(batches()), first + 1):
-            parts, seen = receive(sent), len(shapes)
-            shapes |= {_shapes(part) for part in parts}
-            compiles = len(shapes) > seen and cfg.compile != "off"
-            which = f", graph {len(shapes)}" if seen else ""
+            parts, seen = receive(sent), len(layouts)
+            layouts |= {(*part, layout(part.values())) for part in parts}
+            compiles = len(layouts) > seen and cfg.compile != "off"
+            which = f", graph {len(layouts)}" if seen else ""
             with con.phase(f"compiling the train step ({cfg.compile}{which})") if compiles else nullcontext():
                 state, metrics = train_step(state, parts, so_far)
             if compiles:
-                program, _ = [*train_step.graph.programs.values()][-1]
-                con.info(f"the step is {program.compiled}")
+                con.info(f"the step is {train_step.graph.programs[-1].compiled}")
             so_far = metrics["finite"]
-            yield Issued(step, fetch(_numbers(metrics)), tokens, packings, len(shapes), compiles)
+            yield Issued(step, fetch(_numbers(metrics)), tokens, packings, len(layouts), compiles)
 
     def evaluate(step: int) -> None:
         with con.phase("measuring the held-out loss"):
@@ -172,11 +171,6 @@ def loop(
     score(cfg.steps, "finish")
     opens = "transformers" if hf_config(job.model.hf, None).get("architectures") else "ftrain.load_pretrained"
     con.info(f"the model is in {Path(cfg.out) / CHECKPOINTS / f'step-{cfg.steps}'}, as {opens} opens it")
-
-
-def _shapes(part: Batch) -> Shapes:
-    """What tells the graphs apart that are compiled for microbatches."""
-    return tuple((name, tuple(t.shape)) for name, t in sorted(part.items()))
 
 
 def _together(packings: Sequence[Packing]) -> Packing:

@@ -4,7 +4,6 @@ A step's program (program.py) is run once for real, and the allocator asked, ins
 had given out at most. What lies in the program's slots is sorted by what made it; the rest is the piece's that runs.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor, fx
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from .graph import OneGraph
+from .nodes import is_light, is_start, is_wait, mutates
 from .program import Program
-from .schedule import base, is_light, is_region, is_start, is_wait, mutates
+from .schedule import base, is_region
 from .state import State
 
 # Of the step's arguments (step.py); all others are the batch and numbers.
@@ -45,31 +44,24 @@ class Peak:
 def measure(train_step: Callable, state: State, microbatches: Sequence[Mapping[str, Tensor]]) -> Peak:
     """The peak of the second of two steps, which are taken: the first one captures and compiles.
 
-    Of several microbatches, that of the highest. Raises ValueError where the step is not a captured one (mode "off").
+    Of several microbatches, that of the highest. Raises ValueError where the step is not a captured one (mode "off"),
+    and where one of ROLES is no argument of it.
     """
     graph = train_step.graph
-    if not isinstance(graph, OneGraph):
+    if graph.mode == "off":
         raise ValueError("the memory of an uncompiled step is not measured: compile it, by inductor or aot_eager")
+    if missing := ROLES.keys() - set(graph.names):
+        raise ValueError(f"the step has no argument {', '.join(sorted(missing))}, whose memory would be the batch's")
     train_step(state, microbatches)
     peaks: list[Peak] = []
-    names = list(inspect.signature(graph.fn).parameters)
-    before = dict(graph.programs)
 
-    def measuring(program: Program, roles: Sequence[str]) -> Callable[[list], list]:
-        def call(inputs: list) -> list:
-            outputs, peak = run(program, inputs, roles)
-            peaks.append(peak)
-            return outputs
+    def measuring(program: Program, names: list[str], inputs: list) -> list:
+        outputs, peak = run(program, inputs, [ROLES.get(name, "batch") for name in names])
+        peaks.append(peak)
+        return outputs
 
-        return call
-
-    for key, (program, spec) in before.items():
-        roles = [ROLES.get(name, "batch") for name, of in zip(names, key[0].children()) for _ in range(of.num_leaves)]
-        graph.programs[key] = measuring(program, roles), spec
-    try:
+    with graph.run_by(measuring):
         train_step(state, microbatches)
-    finally:
-        graph.programs.update(before)
     return max(peaks, key=lambda peak: peak.bytes)
 
 
@@ -89,7 +81,7 @@ def run(program: Program, inputs: list, roles: Sequence[str]) -> tuple[list, Pea
     by["temporary"] = start + most - sum(held[at].values())
     name = f"{program.instructions[at].name}, {at + 1} of {len(program.instructions)}"
     ever = {kind: max(of.get(kind, 0) for of in held) for kind in CATEGORIES[:-1]}
-    return [slots[i] for i in program.outputs], Peak(start + most, name, by, ever)
+    return program.results(slots), Peak(start + most, name, by, ever)
 
 
 Meter = Iterator[tuple[Callable[[], None], Callable[[], list[int]]]]

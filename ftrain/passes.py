@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, fx
 
 from .flops import emulated
+from .nodes import mutates
+from .schedule import changed
 
 aten = torch.ops.aten
 
@@ -17,7 +19,12 @@ def share_maxima(graph: fx.Graph) -> None:
     Other common subexpressions stay: they are what layers recompute on purpose.
     """
     first: dict[tuple, fx.Node] = {}
+    rewritten = set().union(*map(changed, graph.nodes))
     for node in list(graph.nodes):
+        if mutates(node):
+            first.clear()  # what is taken from here on may be of other numbers
+        if node in rewritten:
+            continue  # it does not stay what it was made as
         if node.target in (*ALIASES, aten.abs.default, aten.amax.default, aten.max.default):
             same = first.setdefault((node.target, node.args, tuple(node.kwargs.items())), node)
             if same is not node:

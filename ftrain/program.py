@@ -6,22 +6,20 @@ there into pieces, of which equal ones are compiled once, and run with what they
 
 import operator
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .nodes import begins, computes, is_ours, is_wait, mutates
 from .passes import add_in_order, share_maxima, widen_products
 from .region import structure
-from .schedule import (
-    Collective, begins, collectives, computes, gather_ahead, is_region, is_wait, late_waits, live, mutates, one_by_one,
-    one_line, overlap,
-)  # fmt: skip
+from .schedule import Collective, collectives, in_order, is_region, one_line, overlap
 
 
 @dataclass
@@ -52,59 +50,56 @@ class Instruction(NamedTuple):
     name: str
 
 
+class Piece(NamedTuple):
+    """A run of nodes as a module of its own: takes -> gives, of which None is for what nothing uses.
+
+    key: equal where pieces do the same. open: whether a compiler may take it.
+    """
+
+    name: str
+    module: fx.GraphModule
+    key: tuple
+    takes: Sequence[fx.Node]
+    gives: Sequence[fx.Node | None]
+    open: bool
+
+
 class Program:
     """The nodes of a graph in the order they run, made callable: list of inputs -> list of outputs."""
 
     def __init__(self, traced: fx.GraphModule, mode: str):
-        self.nodes = live(late_waits(one_by_one(gather_ahead(list(traced.graph.nodes)))))
-        self.compiled = Compiled()
+        self.nodes = in_order(list(traced.graph.nodes))
+        self.size = len(self.nodes)
         slot = {node: i for i, node in enumerate(self.nodes)}
-        self.inputs = [slot[n] for n in self.nodes if n.op == "placeholder"]
         [result] = self.nodes[-1].args
+        self.inputs = [slot[n] for n in self.nodes if n.op == "placeholder"]
         self.outputs = [slot[n] for n in result]
-        pieces = cut(self.nodes)
-        last: dict[fx.Node, int] = {}
-        for i, piece in enumerate(pieces):
-            last |= {m: i for n in piece for m in n.all_input_nodes}
-        kept = set(result)
+        pieces = [bounded(nodes, slot.keys()) for nodes in cut(self.nodes)]
         self.pieces: dict[tuple, fx.GraphModule] = {}  # the distinct ones, by their structure
+        self.compiled = Compiled()
+        calls = self._calls(pieces, mode)
+        self.instructions = [
+            Instruction(
+                calls[piece.key], tuple(slot[n] for n in piece.takes),
+                tuple(None if n is None else slot[n] for n in piece.gives), tuple(slot[n] for n in drops), piece.name,
+            )
+            for piece, drops in zip(pieces, last_uses(pieces, set(result)), strict=True)
+        ]  # fmt: skip
+
+    def _calls(self, pieces: Sequence[Piece], mode: str) -> dict[tuple, Callable[[list], Sequence]]:
+        """What runs each distinct piece, by its key: compiled where there is something to compile."""
         calls: dict[tuple, Callable[[list], Sequence]] = {}
         compiled: set[tuple] = set()
-        self.instructions = []
-        for i, piece in enumerate(pieces):
-            inside = set(piece)
-            takes = list(dict.fromkeys(m for n in piece for m in n.all_input_nodes if m not in inside))
-            gives: list[fx.Node | None] = [n for n in piece if any(u in slot and u not in inside for u in n.users)]
-            head = piece[0]
-            if is_region(head):
-                takes, module, key = list(head.args), head.target.module, head.target.key
-                gives = [None] * len(module.graph.output_node().args[0])
-                for user in head.users:
-                    if user in slot:
-                        gives[user.args[1]] = user
-            else:
-                if len(piece) == 1 and head.users and all(u.target is operator.getitem for u in head.users):
-                    gives = sorted((u for u in head.users if u in slot), key=lambda u: u.args[1])
-                    piece = [head, *gives]
-                module = as_module(piece, takes, gives)
-                key = structure(module)
-            if key not in calls:
-                takes_a_compiler = is_region(head) or not alone(head)
-                if takes_a_compiler:
-                    module = prepared(module, mode)
-                self.pieces[key] = module
-                if mode == "inductor" and takes_a_compiler and any(computes(n) for n in module.graph.nodes):
-                    calls[key] = self._compile(module)
-                    compiled.add(key)
+        for piece in pieces:
+            if piece.key not in calls:
+                module = self.pieces[piece.key] = prepared(piece.module, mode) if piece.open else piece.module
+                if mode == "inductor" and piece.open and any(map(computes, module.graph.nodes)):
+                    calls[piece.key] = self._compile(module)
+                    compiled.add(piece.key)
                 else:
-                    calls[key] = unboxed(module)
-            self.compiled.calls += key in compiled
-            drops = {m for n in piece for m in n.all_input_nodes if last.get(m) == i and m not in inside} - kept
-            self.instructions.append(Instruction(
-                calls[key], tuple(slot[n] for n in takes), tuple(None if n is None else slot[n] for n in gives),
-                tuple(slot[n] for n in drops), head.name,
-            ))  # fmt: skip
-        self.size = len(self.nodes)
+                    calls[piece.key] = unboxed(module)
+            self.compiled.calls += piece.key in compiled
+        return calls
 
     def collectives(self) -> list[Collective]:
         """What this rank exchanges with others, in the order it begins."""
@@ -118,7 +113,7 @@ class Program:
         slots = self.filled(inputs)
         for _ in self.run(slots):
             pass
-        return [slots[i] for i in self.outputs]
+        return self.results(slots)
 
     def filled(self, inputs: list) -> list:
         """The slots before the first instruction. Takes the inputs out of their list."""
@@ -126,6 +121,10 @@ class Program:
         for i in reversed(self.inputs):
             slots[i] = inputs.pop()
         return slots
+
+    def results(self, slots: list) -> list:
+        """The outputs, among the slots after the last instruction."""
+        return [slots[i] for i in self.outputs]
 
     def run(self, slots: list) -> Iterator[Instruction]:
         """Each instruction, after it has run: between two of them, only the slots hold what was computed."""
@@ -159,13 +158,19 @@ class Program:
 def prepared(module: fx.GraphModule, mode: str) -> fx.GraphModule:
     """What is compiled in place of a piece: its operators without updates in place, in the order that hides
     communication."""
+    module = ordered(module, module.graph.nodes)  # its own stays as it was captured, and as its key says
     share_maxima(module.graph)
     add_in_order(module.graph)
     module.recompile()
     if mode == "inductor" or any(mutates(n) for n in module.graph.nodes):
         module = functional(module, mode)
+    return ordered(module, overlap(list(module.graph.nodes)))
+
+
+def ordered(module: fx.GraphModule, nodes: Iterable[fx.Node]) -> fx.GraphModule:
+    """A copy of a graph, its nodes in this order."""
     graph, copied = fx.Graph(), {}
-    for n in overlap(list(module.graph.nodes)):
+    for n in nodes:
         copied[n] = graph.node_copy(n, copied.__getitem__)
     return fx.GraphModule(module, graph)
 
@@ -175,9 +180,9 @@ def functional(module: fx.GraphModule, mode: str) -> fx.GraphModule:
     from torch._inductor.decomposition import select_decomp_table
 
     inputs = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
-    fake = detect_fake_mode(inputs)
+    fake = fake_mode(module.graph)
     table = select_decomp_table() if mode == "inductor" else None
-    with fake or nullcontext(), torch.no_grad():
+    with fake, torch.no_grad():
         flat = make_fx(torch.func.functionalize(module), table, record_module_stack=False)(*inputs)
     widen_products(flat.graph)
     flat.graph.eliminate_dead_code()
@@ -211,9 +216,43 @@ def inductor(module: fx.GraphModule) -> Callable[[list], Sequence]:
     inputs = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
     output = module.graph.output_node()
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
-    fake = detect_fake_mode(inputs)
+    fake = fake_mode(module.graph)
     with fake, tracing(TracingContext(fake)), V.set_fake_mode(fake), torch.no_grad():
         return compile_fx_inner(module, inputs)
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    """That of a graph's values, and not of its inputs alone: it may have none."""
+    return detect_fake_mode([n.meta.get("val") for n in graph.nodes])
+
+
+def bounded(nodes: Sequence[fx.Node], used: Collection[fx.Node]) -> Piece:
+    """A run of nodes, cut out where it ends. used: the nodes of the graph; others are nobody's."""
+    head, inside = nodes[0], set(nodes)
+    if is_region(head):
+        module = head.target.module
+        gives: list[fx.Node | None] = [None] * len(module.graph.output_node().args[0])
+        for user in head.users:
+            if user in used:
+                gives[user.args[1]] = user
+        return Piece(head.name, module, head.target.key, head.args, gives, open=True)
+    takes = list(dict.fromkeys(m for n in nodes for m in n.all_input_nodes if m not in inside))
+    gives = [n for n in nodes if any(u in used and u not in inside for u in n.users)]
+    if len(nodes) == 1 and head.users and all(u.target is operator.getitem for u in head.users):
+        gives = sorted((u for u in head.users if u in used), key=lambda u: u.args[1])
+        nodes = [head, *gives]
+    module = as_module(nodes, takes, gives)
+    return Piece(head.name, module, structure(module), takes, gives, open=not alone(head))
+
+
+def last_uses(pieces: Sequence[Piece], kept: set[fx.Node]) -> list[list[fx.Node]]:
+    """Of each piece, what no later one takes, but for what is kept."""
+    last = {n: i for i, piece in enumerate(pieces) for n in piece.takes}
+    found: list[list[fx.Node]] = [[] for _ in pieces]
+    for n, i in last.items():
+        if n not in kept:
+            found[i].append(n)
+    return found
 
 
 def alone(node: fx.Node) -> bool:
@@ -225,8 +264,7 @@ def alone(node: fx.Node) -> bool:
 
 def of_many(node: fx.Node) -> bool:
     """Whether a node is an operator of ours on a list of tensors: compiled, it would be another for each model."""
-    ours = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "ftrain"
-    return ours and bool(node.args) and isinstance(node.args[0], (list, tuple))
+    return is_ours(node.target) and bool(node.args) and isinstance(node.args[0], (list, tuple))
 
 
 def cut(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:

@@ -14,8 +14,9 @@ from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing, get_proxy_mode, has_proxy_slot, make_fx, track_tensor_tree,
 )  # fmt: skip
 from torch.fx.experimental.symbolic_shapes import free_symbols
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .nodes import mutates, sources
 from .offload import arrived, to_device, to_host
 from .outline import constant, exact, outline
 
@@ -204,7 +205,9 @@ def _split(name: str, traced: fx.GraphModule, seen: dict[str, Any]) -> _Pair:
              for i, grad in enumerate(grads) if grad is not None]  # fmt: skip
     grads = [grad for grad in (*of_x, *of_rows, *of_closures) if grad is not None]
     inner = {n for n in before if n not in source and n.op != "get_attr"} - set(prologue)
-    needed = _behind(grads, [n for n in (*prologue, *after) if n not in source])
+    stop = inner | set(source)
+    # What is changed in place is needed as it is then, though what changed it is no result of anyone's.
+    needed = sources([*grads, *filter(mutates, after)], lambda n: n not in stop)
     crossing = [n for n in before if n in needed and n in inner]
     forward = _region(f"{name}_forward", traced, before, source, given, [*outputs, *crossing])
     if not gives:
@@ -214,33 +217,6 @@ def _split(name: str, traced: fx.GraphModule, seen: dict[str, Any]) -> _Pair:
     body = [n for n in (*prologue, *after) if n in needed]
     backward = _region(f"{name}_backward", traced, body, source, wants, grads)
     return _Pair(forward, backward, closures, differentiable, seen["leaves"], seen["spec"], wants, gives)
-
-
-def _behind(goals: Sequence[fx.Node], nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """What computes the goals: of `nodes`, which run in this order, those that these read, and those that change in
-    place what is read later, whether or not anything uses their results; with all that they read."""
-    needed = set(goals)
-    memory = set().union(*map(_memory, goals))
-    for n in reversed(nodes):
-        if n in needed or any(_memory(m) & memory for m in _changed(n)):
-            needed |= {n, *n.all_input_nodes}
-            memory = memory.union(_memory(n), *map(_memory, n.all_input_nodes))
-    return needed
-
-
-def _memory(node: fx.Node) -> set[int]:
-    """The storages of a node's results: a view has that of what it is a view of."""
-    return {t.untyped_storage()._cdata for t in tree_leaves(node.meta.get("val")) if isinstance(t, Tensor)}
-
-
-def _changed(node: fx.Node) -> list[fx.Node]:
-    """What an operator changes in place, by its schema."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-        return []
-    given = list(zip(node.target._schema.arguments, node.args))
-    given += [(of, node.kwargs[of.name]) for of in node.target._schema.arguments if of.name in node.kwargs]
-    written = [value for of, value in given if of.alias_info is not None and of.alias_info.is_write]
-    return [n for n in tree_leaves(written) if isinstance(n, fx.Node)]
 
 
 def _region(

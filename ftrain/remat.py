@@ -6,6 +6,8 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from .nodes import MOVES, is_ours
+
 POLICIES = ("none", "selective", "full", "offload")
 
 aten = torch.ops.aten
@@ -28,27 +30,7 @@ COSTLY = {
 }
 # Gathering weights, and what only rearranges or casts them: never kept, so that a layer's weights are
 # released after use whatever the policy.
-GATHER = {
-    c10d.all_gather_into_tensor.default,
-    c10d.wait_tensor.default,
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.t.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.slice.Tensor,
-    aten.narrow.default,
-    aten.unbind.int,
-    aten.select.int,
-    aten.cat.default,
-    aten.clone.default,
-    aten._to_copy.default,
-    aten.detach.default,
-    aten.alias.default,
-}
+GATHER = MOVES | {c10d.all_gather_into_tensor.default, c10d.wait_tensor.default}
 
 
 def _keep(policy: str, ctx, op, *args, **kwargs) -> CheckpointPolicy:
@@ -57,7 +39,7 @@ def _keep(policy: str, ctx, op, *args, **kwargs) -> CheckpointPolicy:
     elif policy == "full":
         keep = False
     elif policy in ("selective", "offload"):
-        keep = op in COSTLY or "ftrain" in str(op)
+        keep = op in COSTLY or is_ours(op)
     else:
         keep = op not in GATHER
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.MUST_RECOMPUTE

@@ -11,20 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from .offload import arrived, to_device, to_host
+from .nodes import begins, computes, is_light, is_reduction, is_start, is_view, is_wait, mutates, sources
+from .offload import to_device
 from .region import Region
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
 
-# What moves or casts, and does not compute.
-LIGHT = {
-    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.t.default, aten.transpose.int,
-    aten.permute.default, aten.split.Tensor, aten.split_with_sizes.default, aten.slice.Tensor, aten.narrow.default,
-    aten.unbind.int, aten.select.int, aten.cat.default, aten.stack.default, aten.clone.default, aten._to_copy.default,
-    aten.detach.default, aten.alias.default, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.constant_pad_nd.default, aten.empty_like.default, aten.view.dtype,
-}  # fmt: skip
 # What makes float8 of parameters, by scales that ranks agree on, before they are gathered.
 SCALING = {
     aten.abs.default, aten.amax.default, aten.reciprocal.default, aten.mul.Tensor, aten.clamp.default,
@@ -32,48 +25,8 @@ SCALING = {
 }  # fmt: skip
 
 
-def is_start(node: fx.Node) -> bool:
-    return (
-        isinstance(node.target, torch._ops.OpOverload)
-        and node.target.namespace == "_c10d_functional"
-        and node.target is not c10d.wait_tensor.default
-    )
-
-
-def is_wait(node: fx.Node) -> bool:
-    return node.target is c10d.wait_tensor.default or node.target is arrived
-
-
-def begins(node: fx.Node) -> bool:
-    """Whether a node starts something that another waits for, or that goes on by itself."""
-    return is_start(node) or node.target in (to_host, to_device)
-
-
-def is_reduction(node: fx.Node) -> bool:
-    """Whether a node waits for a reduce-scatter."""
-    return is_wait(node) and node.args[0].target is c10d.reduce_scatter_tensor.default
-
-
 def is_region(node: fx.Node) -> bool:
     return isinstance(node.target, Region)
-
-
-def is_light(node: fx.Node) -> bool:
-    return node.target is operator.getitem or node.target in LIGHT
-
-
-def mutates(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def computes(node: fx.Node) -> bool:
-    """Whether a collective can hide behind it."""
-    return node.op == "call_function" and not (begins(node) or is_wait(node) or is_light(node))
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether a node's result is its first argument's memory, by its operator's schema."""
-    return isinstance(node.target, torch._ops.OpOverload) and any(r.alias_info for r in node.target._schema.returns)
 
 
 def base(node: fx.Node) -> fx.Node:
@@ -102,6 +55,14 @@ def changed(node: fx.Node) -> set[fx.Node]:
 def reads(node: fx.Node) -> set[fx.Node]:
     """What must be as it is when a node runs. Until it is waited for, a collective reads its input."""
     return {base(m) for n in ([node, node.args[0]] if is_wait(node) else [node]) for m in n.all_input_nodes}
+
+
+def in_order(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes of a captured graph as they run: by all of the rules below but `overlap`, which is for within regions.
+
+    Gatherings are moved first: what is held back after that is not asked for earlier again.
+    """
+    return live(late_waits(one_by_one(gather_ahead(nodes))))
 
 
 def late_waits(nodes: Sequence[fx.Node]) -> list[fx.Node]:
@@ -184,7 +145,8 @@ def gather_ahead(nodes: Sequence[fx.Node]) -> list[fx.Node]:
             order.remove(start)
             continue
         moved = [n for n in order[ahead:at] if n in chain] + [start]
-        rest = [n for n in order if n not in set(moved)]
+        early = set(moved)
+        rest = [n for n in order if n not in early]
         ahead = rest.index(order[ahead])
         order = rest[:ahead] + moved + rest[ahead:]
     return order
@@ -212,27 +174,18 @@ def one_by_one(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 def _moved(start: fx.Node) -> set[fx.Node]:
     """What a collective's input is moved and cast from."""
-    found, stack = set(), list(start.all_input_nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes if is_light(node) else []
-    return found
+    return sources(start.all_input_nodes, is_light)
 
 
 def _from_parameters(start: fx.Node) -> set[fx.Node] | None:
     """What a collective's input is made of, where that is inputs of the graph alone, moved, cast and scaled."""
-    found, stack = set(), list(start.all_input_nodes)
-    while stack:
-        node = stack.pop()
-        if node.op == "placeholder" or node in found:
-            continue
-        if not (is_light(node) or node.target in SCALING):
-            return None
-        found.add(node)
-        stack += node.all_input_nodes
-    return found
+    found = sources(start.all_input_nodes, _scales)
+    made = {n for n in found if n.op != "placeholder"}
+    return made if all(map(_scales, made)) else None
+
+
+def _scales(node: fx.Node) -> bool:
+    return is_light(node) or node.target in SCALING
 
 
 def _gathered_for(region: fx.Node, start: fx.Node) -> fx.Node | None:
@@ -271,17 +224,9 @@ def overlap(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     order |= dict.fromkeys(inputs)
     body = [n for n in nodes if n not in order]
 
-    def ancestors(node: fx.Node) -> list[fx.Node]:
-        found, stack = set(), [node]
-        while stack:
-            n = stack.pop()
-            if n not in found and n not in order:
-                found.add(n)
-                stack += n.all_input_nodes
-        return [n for n in body if n in found]
-
     for goal in [n for n in body if is_start(n) or n.op == "output"]:
-        for node in ancestors(goal):
+        needed = sources([goal], lambda n: n not in order)
+        for node in [n for n in body if n in needed and n not in order]:
             if is_wait(node) and node not in order:
                 for other in body:  # all that is ready, and waits for nothing
                     if other not in order and not is_wait(other) and other.op != "output" and not is_start(other):

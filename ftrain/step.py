@@ -137,8 +137,8 @@ def make_train_step(
     metrics: 0-dim tensors loss, and NAME_loss of other losses, grad_norm, lr, finite and, of models with experts,
     router_aux_loss (not where several microbatches have no coefficient for it), router_z_loss and
     expert_counts [L, E].
-    Where it is compiled, `train_step.graph` is its OneGraph, `train_step.program(state, microbatches)` what it runs,
-    captured and compiled but not run, and `train_step.arguments(state, microbatches)` what that is given first.
+    `train_step.graph` is its OneGraph, `train_step.arguments(state, microbatches)` what that is given first and,
+    where it is compiled, `train_step.program(state, microbatches)` what it runs, captured and compiled but not run.
     Raises ValueError for a model all of which is frozen.
     """
     adam, trained = recipe.adam, trainable(model.specs)
@@ -201,10 +201,9 @@ def make_train_step(
             del metrics["router_aux_loss"]
         return state, metrics
 
-    if mode != "off":
-        train_step.graph = run
-        train_step.arguments = lambda state, batches: next(arguments(state, batches))
-        train_step.program = lambda state, batches: run.program(*train_step.arguments(state, batches))
+    train_step.graph = run
+    train_step.arguments = lambda state, batches: next(arguments(state, batches))
+    train_step.program = lambda state, batches: run.program(*train_step.arguments(state, batches))
     return train_step
 
 

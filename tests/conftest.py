@@ -6,6 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ftrain import graph
+from ftrain.program import Program
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # beside others: together they have one thread a core
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
@@ -17,6 +20,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """The programs that are made from here on, of whatever function: one for each time that one is captured."""
+    made = []
+    monkeypatch.setattr(graph, "Program", lambda *args: made.append(Program(*args)) or made[-1])
+    return made
 
 
 @pytest.fixture

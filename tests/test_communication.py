@@ -11,10 +11,10 @@ from ftrain.flops import flops_per_token, graph_flops
 from ftrain.job import make_job
 from ftrain.mesh import Mesh
 from ftrain.model import find_model
+from ftrain.nodes import computes
 from ftrain.offload import arrived, to_device, to_host
 from ftrain.plan import find_plan
 from ftrain.region import Region
-from ftrain.schedule import computes
 from ftrain.state import init_state
 from ftrain.step import make_train_step
 

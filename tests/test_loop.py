@@ -221,7 +221,7 @@ def test_copies_ahead_of_a_busy_device():
 
     for i, fetched in transfer.a_step_late(issued(), lambda _: False):
         found, _ = fetched()
-        assert int(found["least"]) == int(found["most"]) == i and found["most"].device.type == "cpu"
+        assert int(found["least"]) == int(found["most"]) == i
 
 
 # --- What a step asks of the host

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ftrain import loss, memory, program, schedule, step
+from ftrain import loss, memory, schedule, step
 from ftrain.equivalence import RECIPE, random_batch, values
 from ftrain.graph import one_graph
 from ftrain.job import make_job
@@ -38,19 +38,19 @@ def one_of_two():
     dist.destroy_process_group()
 
 
-def started(mesh=Mesh(), remat="none", rows=ROWS, length=LENGTH, **changes):
+def started(mesh=Mesh(), remat="none", rows=ROWS, length=LENGTH, mode="aot_eager", **changes):
     """-> (step, state, microbatches), nothing run yet."""
     model = find_model(MODEL | changes)
     job = make_job(model, find_plan("fsdp"), mesh, remat=remat)
     state = make_state(model.specs, job.placements, job.device_mesh, lambda n, spec, at: values(n, spec)[at])
     batch = random_batch(model.cfg.vocab, rows, length, 0, packed=False)
-    return make_train_step(model, job.sharding, job.ops, RECIPE, "aot_eager"), state, job.microbatches(batch)
+    return make_train_step(model, job.sharding, job.ops, RECIPE, mode), state, job.microbatches(batch)
 
 
 def captured(*args, **how):
     train_step, state, microbatches = started(*args, **how)
     train_step(state, microbatches)
-    [(found, _)] = train_step.graph.programs.values()
+    [found] = train_step.graph.programs
     return found
 
 
@@ -80,7 +80,7 @@ def test_what_a_known_function_holds():
     graph = one_graph(lambda params, batch: params.repeat(50, 1).sum() * batch, "aot_eager")
     params, batch = torch.ones(1000), torch.ones(())
     graph(params, batch)
-    [(found, _)] = graph.programs.values()
+    [found] = graph.programs
     [out], peak = memory.run(found, [params, batch], ["parameters", "batch"])
     assert out == 50_000
     assert peak.by["parameters"] == 4000 and peak.by["batch"] == 4
@@ -97,10 +97,17 @@ def test_categories_of_a_step(one_rank):
 
 
 def test_an_uncompiled_step_has_no_program(one_rank):
-    train_step, state, microbatches = started()
-    train_step.graph = train_step.graph.fn
+    train_step, state, microbatches = started(mode="off")
     with pytest.raises(ValueError, match="compile it, by inductor or aot_eager"):
         memory.measure(train_step, state, microbatches)
+    with pytest.raises(ValueError, match="captures no graph: compile it, by inductor or aot_eager"):
+        train_step.program(state, microbatches)
+
+
+def test_roles_are_arguments_of_the_step(one_rank, monkeypatch):
+    monkeypatch.setitem(memory.ROLES, "velocity", "optimizer")
+    with pytest.raises(ValueError, match="the step has no argument velocity"):
+        memory.measure(*started())
 
 
 # --- What lives how long
@@ -110,7 +117,7 @@ def test_nothing_outlives_its_last_use(one_rank):
     """What an instruction is the last to take is its alone: where it lets go of it, it is gone."""
     train_step, state, microbatches = started(remat="full", num_hidden_layers=2)
     train_step(state, microbatches)
-    [(found, _)] = train_step.graph.programs.values()
+    [found] = train_step.graph.programs
     inputs, taken, kept = set(found.inputs), {}, []
 
     def watching(number, instruction):
@@ -207,7 +214,7 @@ def test_at_most_two_layers_are_gathered(one_of_two, monkeypatch, remat):
     wide = {"vocab_size": 64}  # tables are smaller than layers
     most, of = most_gathered(captured(Mesh(fsdp=2), remat, **wide))
     assert (most, of) == (2, 2 * LAYERS - 1)  # the last layer's serve its backward too
-    monkeypatch.setattr(program, "gather_ahead", everything_at_once)
+    monkeypatch.setattr(schedule, "gather_ahead", everything_at_once)
     assert most_gathered(captured(Mesh(fsdp=2), remat, **wide))[0] >= LAYERS
 
 

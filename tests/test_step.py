@@ -52,8 +52,11 @@ def tensors(state):
 
 
 @pytest.mark.parametrize("remat", POLICIES)
-def test_one_graph_and_no_recompilation(one_rank, remat):
-    """Twenty steps, the routing another in each; the losses of the same steps without a compiler."""
+def test_one_graph_and_no_recompilation(one_rank, remat, captures):
+    """Twenty steps, the routing another in each; the losses of the same steps without a compiler.
+
+    Of the later ones less exactly: what rounding adds in one step the next ones start from.
+    """
     job, state, step = started(remat, "aot_eager")
     _, plain_state, plain_step = started()
     storage = {name: p.to_local().data_ptr() for name, p in state.params.items()}
@@ -61,33 +64,32 @@ def test_one_graph_and_no_recompilation(one_rank, remat):
     for i, batch in enumerate(batches(20)):
         state, metrics = step(state, job.microbatches(batch), so_far)
         so_far = metrics["finite"]
-        if i < 3:
-            plain_state, expected = plain_step(plain_state, job.microbatches(batch))
-            for name, value in expected.items():
-                torch.testing.assert_close(metrics[name], value, rtol=1e-5, atol=0, msg=name)
+        plain_state, expected = plain_step(plain_state, job.microbatches(batch))
+        for name, value in expected.items():
+            torch.testing.assert_close(metrics[name], value, rtol=1e-5 if i < 3 else 1e-3, atol=0, msg=name)
         if i == 2:
             after = tensors(plain_state)
             for key, tensor in tensors(state).items():
                 torch.testing.assert_close(tensor, after[key], rtol=1e-4, atol=2e-7)
         routed.add(tuple(metrics["expert_counts"].flatten().tolist()))
-    assert len(step.graph.programs) == 1
+    assert len(captures) == 1
     assert len(routed) == 20 and int(state.step) == 20
     assert {name: p.to_local().data_ptr() for name, p in state.params.items()} == storage  # updated in place
 
 
-def test_microbatches_share_one_graph(one_rank):
+def test_microbatches_share_one_graph(one_rank, captures):
     job, state, step = started(mode="aot_eager", model=ONE_LAYER, accumulate=2)
     for batch in batches(3):
         state, _ = step(state, job.microbatches(batch, 2))
-    assert len(step.graph.programs) == 1
+    assert len(step.graph.programs) == 1 and len(captures) == 2  # and one that counts what experts get
 
 
-def test_another_shape_is_another_graph(one_rank):
+def test_another_shape_is_another_graph(one_rank, captures):
     job, state, step = started(mode="aot_eager", model=ONE_LAYER)
     for length in (10, 12, 10, 12):
         state, metrics = step(state, job.microbatches(random_batch(131, 4, length, 0)))
         assert metrics["finite"]
-    assert len(step.graph.programs) == 2
+    assert len(captures) == 2
 
 
 def compiled_rank(rank, folder):
