@@ -56,7 +56,7 @@ def main(cfg: Config) -> None:
         print(f"{mode}: median {statistics.median(seen):.3f} s, {min(seen):.3f} to {max(seen):.3f} s over {len(seen)}")
     ratios = [off / on for on, off in zip(times["inductor"], times["off"], strict=True)]
     print(f"uncompiled / compiled: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
-    for program, _ in steps["inductor"].graph.programs.values():
+    for program in steps["inductor"].graph.programs:
         print(f"compiled: {program.compiled}")
     finish()
 
