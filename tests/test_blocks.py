@@ -128,14 +128,14 @@ def test_dropout_says_that_it_has_no_place(remat):
 
 @pytest.mark.parametrize("mode", ["off", "aot_eager"])
 @pytest.mark.parametrize("remat", ["none", "full"])
-@pytest.mark.parametrize("of", ["input", "outside", "leaf"])
+@pytest.mark.parametrize("of", ["input", "parameter", "outside", "leaf"])
 def test_hooks_on_what_is_not_its_own_are_refused(of, remat, mode):
     def forward(p, batch, ops):
         start = batch["x"] @ p["e"]
         leaf = torch.zeros(H, requires_grad=True)
 
         def block(q, x, i):
-            {"input": x, "outside": start, "leaf": leaf}[of].register_hook(lambda g: g * 2)
+            {"input": x, "parameter": q["a"], "outside": start, "leaf": leaf}[of].register_hook(lambda g: g * 2)
             return base(q, x) + leaf, None
 
         return ops.scan(block, p, "l", LAYERS, start)[0].sum()

@@ -415,21 +415,3 @@ def test_a_block_reads_its_own_parameters_only(one_rank, mode):
     grads = make_gradients(model, job.sharding, job.ops, RECIPE, mode)
     with pytest.raises(ValueError, match="model.norm.weight is read within model.layers.0, but a block is given"):
         grads(state, job.microbatches(batches(1)[0])[0])
-
-
-def test_a_hook_on_a_parameter_is_refused(one_rank):
-    """Recomputed, the layer would put it on twice."""
-    job, state, _ = started(remat="full")
-
-    def forward(p, batch, ops):
-        def block(q, x, layer):
-            w = q["input_layernorm.weight"]
-            w.register_hook(lambda grad: grad * 3)
-            return x * w, None
-
-        x, _ = ops.scan(block, p, "model.layers", MODEL.cfg.layers, torch.ones(1, 2, MODEL.cfg.hidden))
-        return Output(losses={"loss": x.sum()})
-
-    grads = make_gradients(replace(MODEL, forward=forward), job.sharding, job.ops, RECIPE, "aot_eager")
-    with pytest.raises(ValueError, match="model.layers: a hook on a layer's input or parameter has no place"):
-        grads(state, job.microbatches(batches(1)[0])[0])
