@@ -11,7 +11,8 @@ from . import config, launch
 
 DESCRIPTION = """Train a model, of text or of images and sounds too. Every flag has a default: `python -m ftrain --plan fsdp_sp_ep` is a whole run.
 
-Other commands, each with its own --help: `check` holds a sharding plan to its invariants;
+Other commands, each with its own --help: `check` holds a sharding plan to its invariants; `plan` says
+what a step will hold, send and take on machines you do not have yet;
 `export` writes a checkpoint's model as a plain Hugging Face directory.
 
 --config FILE takes the defaults of all flags from a run's run.json; with another --out, the same run again.
@@ -81,7 +82,14 @@ def export(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": train, "check": check, "export": export}
+def plan(argv: Sequence[str]) -> int:
+    """Forecast a step's memory, communication and speed."""
+    from .planning import main, parse
+
+    return main(parse(argv))
+
+
+COMMANDS = {"train": train, "check": check, "plan": plan, "export": export}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

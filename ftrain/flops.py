@@ -32,19 +32,22 @@ def graph_flops(nodes: Iterable[fx.Node]) -> int:
     What is recomputed counts too: for the model's FLOPs capture under a policy that recomputes no product.
     Raises ValueError where a product's size depends on the data.
     """
+    return sum(map(node_flops, nodes))
+
+
+def node_flops(node: fx.Node) -> int:
+    """Those of one operator; 0 of one that is neither a product nor attention."""
     from torch.utils.flop_counter import flop_registry
 
-    total = 0
-    for node in nodes:
-        op = getattr(node.target, "overloadpacket", None)
-        count = OWN_FLOPS.get(str(op)) or flop_registry.get(op)
-        if count:
-            args = [n.meta["val"] if isinstance(n, fx.Node) else n for n in node.args]
-            of = count(*args, out_val=node.meta["val"])
-            if not isinstance(of, int):
-                raise ValueError(f"{node.name}: how large it is depends on the data")
-            total += of
-    return total
+    op = getattr(node.target, "overloadpacket", None)
+    count = OWN_FLOPS.get(str(op)) or flop_registry.get(op)
+    if not count:
+        return 0
+    args = [n.meta["val"] if isinstance(n, fx.Node) else n for n in node.args]
+    of = count(*args, out_val=node.meta["val"])
+    if not isinstance(of, int):
+        raise ValueError(f"{node.name}: how large it is depends on the data")
+    return of
 
 
 def _attention(q, k, *_, out_val) -> int:

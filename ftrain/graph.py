@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -52,6 +52,12 @@ class OneGraph:
             raise ValueError(f"--compile off captures no graph: compile it, by {' or '.join(MODES[:-1])}")
         return self._program(*tree_flatten(args))[0]
 
+    def traced(self, *args) -> tuple[fx.GraphModule, list[str]]:
+        """What a call with such arguments, fake ones too, is captured as, not yet made to run; and of each of its
+        inputs, the name of fn's argument that it is of."""
+        flat, tree = tree_flatten(args)
+        return self._trace(flat, tree)[0], self._of_leaves(tree)
+
     @contextmanager
     def run_by(self, runner: Runner) -> Iterator[None]:
         """Within, calls run what is captured by this function: to look at a program while it runs."""
@@ -76,6 +82,10 @@ class OneGraph:
         return self._captured[key]
 
     def _capture(self, flat: list[Tensor], tree) -> tuple[Program, object]:
+        graph, spec = self._trace(flat, tree)
+        return Program(graph, self.mode), spec
+
+    def _trace(self, flat: list[Tensor], tree) -> tuple[fx.GraphModule, object]:
         result = []
 
         def flat_fn(*leaves):
@@ -86,7 +96,7 @@ class OneGraph:
         # Activation checkpointing is to act while it is captured, not to leave tags for a compiler.
         with torch.compiler._non_strict_tracing_context(), naming_values():
             graph = make_fx(flat_fn, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
-        return Program(graph, self.mode), result[0]
+        return graph, result[0]
 
 
 def layout(tensors: Iterable[Tensor]) -> tuple:

@@ -1,6 +1,6 @@
 """A model, a plan and a mesh, brought together for this rank: what training, checking and export start from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from .layout import Placements
 from .mesh import Mesh, device_mesh
 from .model import Model
 from .ops import Ops, plain
-from .parallel import Sharding, on_host, parallel_ops, shard_model
+from .parallel import Exchanged, Sharding, on_host, parallel_ops, shard_model
 from .plan import Plan, ask, over_replicas
 from .precision import compute_dtype, grouped_mm_for, linear_for, sent_in_float8
 
@@ -77,7 +77,7 @@ class Job:
 def make_job(
     model: Model, plan: Plan, mesh: Mesh, replica: int = 1, *,
     device_type: str = "cpu", precision: str = "fp32", remat: str = "none", fp8_all_gather: bool = False,
-    exchanged: Callable[[Tensor], list[list[int]]] = on_host,
+    exchanged: Exchanged = on_host,
 ) -> Job:  # fmt: skip
     """Needs an initialised process group of mesh.size * replica ranks; every rank must call it.
 

@@ -275,8 +275,11 @@ def gather_group(buckets: tuple[Bucket, ...], shards: Mapping[str, Tensor]) -> d
     return out
 
 
-def on_host(sizes: Tensor) -> list[list[int]]:
-    """How many rows go to each rank and come from each, [2, ranks], by one copy to the host."""
+Exchanged = Callable[[Tensor, int], list[list[int]]]
+
+
+def on_host(sizes: Tensor, rows: int) -> list[list[int]]:
+    """How many of this rank's rows go to each rank and how many come from each, [2, ranks], by one copy to the host."""
     found = sizes.cpu().tolist()
     for n in (n for row in found for n in row):
         torch._check(n >= 0)
@@ -285,7 +288,7 @@ def on_host(sizes: Tensor) -> list[list[int]]:
 
 def parallel_ops(
     ops: Ops, sharding: Sharding, policy: str, grouped_mm: Callable[..., Tensor],
-    exchanged: Callable[[Tensor], list[list[int]]] = on_host,
+    exchanged: Exchanged = on_host,
 ) -> Ops:  # fmt: skip
     """`ops`, with its functions made to mean the same on this rank's part of the batch and sequence.
 
@@ -372,11 +375,11 @@ def tokens_for_heads(x: Tensor, sp: Group) -> Tensor:
     return x.permute(1, 2, 0, 3, 4).reshape(B, S // sp.size, sp.size * N, D)
 
 
-def sending_place(place: Callable[..., Tensor], world: Group, exchanged=on_host) -> Callable[..., Tensor]:
+def sending_place(place: Callable[..., Tensor], world: Group, exchanged: Exchanged = on_host) -> Callable[..., Tensor]:
     """`ops.place` where items are encoded on any rank: outputs go to the ranks that hold their tokens (items.py)."""
 
     def sending(y: Tensor, batch: Mapping[str, Tensor], name: str) -> Tensor:
-        sent, received = exchanged(batch[f"{name}.splits"])
+        sent, received = exchanged(batch[f"{name}.splits"], y.shape[0])
         n = sum(sent)
         torch._check(n <= y.shape[0])
         # In the order of the ranks; what no token takes comes last, and stays.
@@ -386,7 +389,7 @@ def sending_place(place: Callable[..., Tensor], world: Group, exchanged=on_host)
     return sending
 
 
-def dispatching_experts(ep: Group, slots: tuple[int, ...], grouped_mm: Callable[..., Tensor], exchanged=on_host):
+def dispatching_experts(ep: Group, slots: tuple[int, ...], grouped_mm, exchanged: Exchanged = on_host):
     """`ops.experts` where each ep rank keeps E/ep experts: tokens go to their experts and come back.
 
     Dropless: the number of rows sent to each rank follows the routing, step by step.
@@ -399,7 +402,7 @@ def dispatching_experts(ep: Group, slots: tuple[int, ...], grouped_mm: Callable[
         order, inverse, counts = sort_by_expert(slot, E)  # rows grouped by ep rank, then by its expert
         arriving = all_to_all_equal(counts.view(ep.size, E // ep.size), ep)  # [from rank, my expert]
         # One copy to the host, the only one of the layer: the sizes of what follows depend on it.
-        sent, received = exchanged(torch.stack([counts.view(ep.size, -1).sum(1), arriving.sum(1)]))
+        sent, received = exchanged(torch.stack([counts.view(ep.size, -1).sum(1), arriving.sum(1)]), index.numel())
         rows = permute(x, order, inverse, index.shape[1])
         rows = all_to_all(rows, received, sent, ep)  # grouped by rank they came from, then by expert
 

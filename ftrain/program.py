@@ -21,6 +21,8 @@ from .passes import add_in_order, share_maxima, widen_products
 from .region import structure
 from .schedule import Collective, collectives, in_order, is_region, one_line, overlap
 
+DECOMPOSED = "decomposed"
+
 
 @dataclass
 class Compiled:
@@ -41,13 +43,17 @@ class Compiled:
 
 
 class Instruction(NamedTuple):
-    """call(the slots `takes`, as a list) -> what goes to the slots `gives`; those in `drops` are given up before."""
+    """call(the slots `takes`, as a list) -> what goes to the slots `gives`; those in `drops` are given up before.
+
+    key: of the piece that it runs.
+    """
 
     call: Callable[[list], Sequence]
     takes: tuple[int, ...]
     gives: tuple[int | None, ...]
     drops: tuple[int, ...]
     name: str
+    key: tuple
 
 
 class Piece(NamedTuple):
@@ -65,7 +71,11 @@ class Piece(NamedTuple):
 
 
 class Program:
-    """The nodes of a graph in the order they run, made callable: list of inputs -> list of outputs."""
+    """The nodes of a graph in the order they run, made callable: list of inputs -> list of outputs.
+
+    mode: `inductor` compiles; `aot_eager` runs the operators as they were captured; DECOMPOSED, which is to be looked at
+    and not run, has them as inductor would be given them for an accelerator.
+    """
 
     def __init__(self, traced: fx.GraphModule, mode: str):
         self.nodes = in_order(list(traced.graph.nodes))
@@ -82,6 +92,7 @@ class Program:
             Instruction(
                 calls[piece.key], tuple(slot[n] for n in piece.takes),
                 tuple(None if n is None else slot[n] for n in piece.gives), tuple(slot[n] for n in drops), piece.name,
+                piece.key,
             )
             for piece, drops in zip(pieces, last_uses(pieces, set(result)), strict=True)
         ]  # fmt: skip
@@ -129,7 +140,7 @@ class Program:
     def run(self, slots: list) -> Iterator[Instruction]:
         """Each instruction, after it has run: between two of them, only the slots hold what was computed."""
         for instruction in self.instructions:
-            call, takes, gives, drops, _ = instruction
+            call, takes, gives, drops, *_ = instruction
             taken = [slots[i] for i in takes]
             for i in drops:
                 slots[i] = None
@@ -162,7 +173,7 @@ def prepared(module: fx.GraphModule, mode: str) -> fx.GraphModule:
     share_maxima(module.graph)
     add_in_order(module.graph)
     module.recompile()
-    if mode == "inductor" or any(mutates(n) for n in module.graph.nodes):
+    if mode in ("inductor", DECOMPOSED) or any(mutates(n) for n in module.graph.nodes):
         module = functional(module, mode)
     return ordered(module, overlap(list(module.graph.nodes)))
 
@@ -181,10 +192,11 @@ def functional(module: fx.GraphModule, mode: str) -> fx.GraphModule:
 
     inputs = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
     fake = fake_mode(module.graph)
-    table = select_decomp_table() if mode == "inductor" else None
+    table = None if mode == "aot_eager" else select_decomp_table()
     with fake, torch.no_grad():
         flat = make_fx(torch.func.functionalize(module), table, record_module_stack=False)(*inputs)
-    widen_products(flat.graph)
+    if mode != DECOMPOSED:
+        widen_products(flat.graph)
     flat.graph.eliminate_dead_code()
     return flat
 

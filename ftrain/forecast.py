@@ -1,0 +1,162 @@
+"""A train step, traced for ranks that are not there: without weights, devices or a launcher.
+
+What is traced is the step itself (step.py), as the first rank of a process group that is only said to exist, on tensors
+that have shapes and no data. What depends on data is assumed: no padding, each row one document, experts as busy as
+`imbalance` says. Attention is assumed to keep no scores, as flash-attn does.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .flops import graph_flops
+from .job import Job, make_job
+from .memory import ROLES, Peak
+from .mesh import Mesh
+from .model import Model
+from .ops import fill_batch
+from .parallel import kv_repeats
+from .plan import Plan
+from .program import DECOMPOSED, Program
+from .state import make_state
+from .step import Recipe, make_train_step
+from .timeline import Timeline
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step does, and how: as the flags of a run say."""
+
+    batch_size: int
+    seq_len: int
+    precision: str = "bf16"
+    remat: str = "selective"
+    optimizer_state: str = "fp32"
+    accumulate: int = 1
+    fp8_all_gather: bool = False
+    imbalance: float = 1.0
+    """Rows that this rank's experts get, over the mean."""
+
+
+class Traced:
+    """A step as one rank runs it. roles: of each input of the program. groups: of each process group, its axes and the
+    ranks in it."""
+
+    def __init__(self, program: Program, job: Job, roles: Sequence[str], groups: Mapping[str, "Span"]):
+        self.program, self.job, self.roles, self.groups = program, job, roles, groups
+
+    def timeline(self, workspace: Callable[[fx.Node], int], fuse: bool = True) -> Timeline:
+        return Timeline(self.program, self.roles, fuse, workspace)
+
+    def flops(self) -> int:
+        """Of the step on this rank, recomputed products too."""
+        return graph_flops(self.program.line())
+
+
+@dataclass(frozen=True)
+class Span:
+    """A process group: the mesh dimensions that it goes over, and its ranks."""
+
+    axes: tuple[str, ...]
+    ranks: tuple[int, ...]
+
+
+@contextmanager
+def pretended(world: int) -> Iterator[None]:
+    """A process group of `world` ranks, of which this process is the first. Raises RuntimeError where there is one."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError("a forecast has a process group of its own, but there is one already")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def trace(
+    model: Model, plan: Plan, mesh: Mesh, work: Work, replica: int = 1, mode: str = DECOMPOSED
+) -> Traced:  # fmt: skip
+    """The step of the first rank. mode: as for `Program`; `aot_eager` where the forecast is of an eager run.
+
+    Raises ValueError where model, plan and mesh do not fit each other, before anything is traced.
+    """
+    if model.blanks or model.examples is not None:
+        raise ValueError(f"model {model.family}: only text is forecast yet, and this one takes or gives more than that")
+    kv_repeats(model.cfg.heads, model.cfg.kv_heads, mesh.sp)
+    with pretended(mesh.size * replica):
+        job = make_job(
+            model, plan, mesh, replica, precision=work.precision, remat=work.remat,
+            fp8_all_gather=work.fp8_all_gather, exchanged=lambda sizes, rows: assumed(sizes, rows, work.imbalance),
+        )  # fmt: skip
+        groups = spans(job)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            state = make_state(
+                model.specs, job.placements, job.device_mesh,
+                lambda name, spec, at: torch.empty([s.stop - s.start for s in at]), work.optimizer_state,
+            )  # fmt: skip
+            parts = job.microbatches(a_batch(work), work.accumulate)
+            step = make_train_step(model, job.sharding, job.ops, Recipe(), "aot_eager", work.accumulate)
+            arguments = step.arguments(state, parts)
+        graph, names = step.graph.traced(*arguments)
+        return Traced(Program(graph, mode), job, [ROLES.get(name, "batch") for name in names], groups)
+
+
+def a_batch(work: Work) -> dict[str, Tensor]:
+    ids = torch.zeros(work.batch_size, work.seq_len, dtype=torch.int64)
+    return fill_batch({"input_ids": ids, "labels": ids.clone()})
+
+
+def assumed(sizes: Tensor, rows: int, imbalance: float) -> list[list[int]]:
+    """What the routing would say, in place of `parallel.on_host`: as many rows to each rank, and `imbalance` times as
+    many from each."""
+    ranks = sizes.shape[1]
+    sent = [rows // ranks + (rank < rows % ranks) for rank in range(ranks)]
+    return [sent, [round(n * imbalance) for n in sent]]
+
+
+def spans(job: Job) -> dict[str, Span]:
+    """The process groups that the step may use, by name."""
+    mesh = job.device_mesh
+    found = {}
+    for group in dist.distributed_c10d._world.pg_names:
+        name = group.group_name
+        ranks = tuple(dist.get_process_group_ranks(group))
+        places = [_place(rank, mesh.shape) for rank in ranks]
+        axes = tuple(axis for i, axis in enumerate(mesh.mesh_dim_names) if len({place[i] for place in places}) > 1)
+        found[name] = Span(axes, ranks)
+    return found
+
+
+def _place(rank: int, shape: Sequence[int]) -> tuple[int, ...]:
+    at: list[int] = []
+    for size in reversed(shape):
+        rank, here = divmod(rank, size)
+        at.insert(0, here)
+    return tuple(at)
+
+
+def on_accelerator(node: fx.Node) -> int:
+    """Bytes that attention's backward takes beside its results: flash-attn 2 sums the gradient of queries in fp32, and
+    keeps that of keys and values for each query head until those of a group are added up."""
+    if "by_document_backward" not in str(node.target):
+        return 0
+    q, k = (node.args[i].meta["val"] for i in (1, 2))
+    return 4 * q.numel() + 2 * q.numel() * q.element_size() * (q.shape[2] != k.shape[2])
+
+
+def on_cpu(node: fx.Node) -> int:
+    """Bytes that attention.py's operators take beside their results: keys and values for each query head, and their
+    gradients."""
+    if "by_document" not in str(node.target):
+        return 0
+    backward = "backward" in str(node.target)
+    q, k = (node.args[i + backward].meta["val"] for i in (0, 1))
+    copies = 2 * (q.shape[2] != k.shape[2])
+    return (copies + copies * backward) * q.numel() * q.element_size()

@@ -1,0 +1,315 @@
+"""`python -m ftrain plan`: what each rank will hold, send and compute, and how fast, before there is any rank."""
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from .config import MeshConfig, Precision
+from .console import bytes_, si
+from .flops import flops_per_token
+from .forecast import Traced, Work, on_accelerator, trace
+from .memory import CATEGORIES, Peak
+from .mesh import Mesh, resolve
+from .model import Model, find_model
+from .plan import Plan, find_plan
+from .roofline import Hardware, Times, find_hardware, predict
+from .timeline import Timeline
+
+RUN = "python -m ftrain"
+POLICIES = ("selective", "full")  # that --search tries, the faster first
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Forecast a training step: memory, communication and speed of a rank. Traces the step itself, for any number of
+    ranks, on one core and without a GPU."""
+
+    model: str = "Qwen3-30B-A3B"
+    """A preset's name, or a directory with a Hugging Face config.json."""
+    plan: str = "fsdp_sp_ep"
+    """The sharding plan: a name in plans/, or FILE.py:FUNCTION."""
+    mesh: MeshConfig = MeshConfig()
+    """Sizes of the mesh. One may be -1: what --world-size leaves for it."""
+    world_size: int | None = None
+    """Ranks; None: what the sizes of the mesh multiply to."""
+    seq_len: int = 8192
+    """Tokens a sequence."""
+    batch_size: int | None = None
+    """Sequences per optimizer step, of the whole job; None: one for each rank that has its own."""
+    accumulate: int = 1
+    """Parts that a step's batch is taken in."""
+    precision: Precision = "bf16"
+    """Of matrix products."""
+    remat: Literal["none", "selective", "full"] = "selective"
+    """What backward recomputes."""
+    optimizer_state: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """How AdamW's moments are kept."""
+    fp8_all_gather: bool = False
+    """Gather the dense projections' weights as float8."""
+    hardware: str = "h100-80gb"
+    """The machine: a name in hardware.json, or a JSON file with the fields of one."""
+    expert_imbalance: float = 1.0
+    """Rows that the first rank's experts get, over the mean of all ranks."""
+    search: bool = False
+    """Try the meshes of --world-size, and remat policies, and show the best that fit."""
+    json: bool = False
+    """Print one JSON object, and nothing else."""
+    plot: Annotated[str | None, tyro.conf.arg(metavar="FILE.png")] = None
+    """Where to draw memory over a step (needs matplotlib)."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a rank does in a step: bytes and seconds; `collectives` by mesh dimensions and kind: (number, bytes,
+    largest)."""
+
+    cfg: PlanConfig
+    mesh: Mesh
+    peak: Peak
+    collectives: dict[str, dict[str, tuple[int, int, int]]]
+    flops: int
+    times: Times
+    tokens_per_s: float
+    mfu: float
+    timeline: Timeline
+
+    def fits(self, hardware: Hardware) -> bool:
+        return self.peak.bytes <= hardware.memory
+
+
+def main(cfg: PlanConfig) -> int:
+    """Prints what the flags ask for; 0 where it fits. Raises ValueError before anything is traced, as `train` would."""
+    hardware, model, plan = find_hardware(cfg.hardware), find_model(cfg.model), find_plan(cfg.plan)
+    for name in ("seq_len", "accumulate", "batch_size", "world_size"):
+        value = getattr(cfg, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if not cfg.expert_imbalance > 0:
+        raise ValueError(f"--expert-imbalance {cfg.expert_imbalance}: must be positive")
+    if cfg.search:
+        return search(cfg, model, plan, hardware)
+    found = forecast(cfg, model, plan, hardware)
+    print(json.dumps(as_json(found, hardware)) if cfg.json else "\n".join(lines(found, model, hardware)))
+    if cfg.plot:
+        draw(found, hardware, cfg.plot)
+    return 0 if found.fits(hardware) else 1
+
+
+def forecast(cfg: PlanConfig, model: Model, plan: Plan, hardware: Hardware) -> Forecast:
+    mesh, replica = sizes(cfg)
+    world = mesh.size * replica
+    batch = cfg.batch_size or world // mesh.sp * cfg.accumulate
+    work = Work(
+        batch, cfg.seq_len, cfg.precision, cfg.remat, cfg.optimizer_state, cfg.accumulate, cfg.fp8_all_gather,
+        cfg.expert_imbalance,
+    )  # fmt: skip
+    traced = trace(model, plan, mesh, work, replica)
+    timeline = traced.timeline(on_accelerator)
+    times = predict(traced, timeline.pieces, hardware)
+    seconds = times.step * cfg.accumulate
+    tokens = batch * cfg.seq_len / world
+    needed = flops_per_token(model.specs, model.cfg, cfg.seq_len) * tokens
+    kind = cfg.precision.split("-")[0]
+    return Forecast(
+        replace(cfg, batch_size=batch, mesh=MeshConfig(*mesh, replica)), mesh, timeline.peak(), sent(traced),
+        traced.flops() * cfg.accumulate, times, tokens / seconds, needed / seconds / hardware.flops[kind], timeline,
+    )  # fmt: skip
+
+
+def sizes(cfg: PlanConfig) -> tuple[Mesh, int]:
+    m = cfg.mesh
+    known = [size for size in (m.fsdp, m.sp, m.ep) if size != -1]
+    if cfg.world_size is None and len(known) < 3:
+        raise ValueError("a size of the mesh is -1: say how many ranks there are with --world-size")
+    world = cfg.world_size or m.fsdp * m.sp * m.ep * m.replica
+    return resolve(m.fsdp, m.sp, m.ep, m.replica, world), m.replica
+
+
+def sent(traced: Traced) -> dict[str, dict[str, tuple[int, int, int]]]:
+    found: dict[str, dict[str, tuple[int, int, int]]] = {}
+    for c in traced.program.collectives():
+        axes = found.setdefault("+".join(traced.groups[c.group].axes), {})
+        n, size, largest = axes.get(c.kind, (0, 0, 0))
+        axes[c.kind] = n + 1, size + (c.bytes or 0), max(largest, c.bytes or 0)
+    return found
+
+
+# --- What is said
+
+
+def bottleneck(found: Forecast) -> str:
+    """What takes most of the step, in words."""
+    parts = {
+        "matrix products": found.times.busy.get("products", 0.0), "attention": found.times.busy.get("attention", 0.0),
+        "the device's memory bandwidth": found.times.busy.get("memory", 0.0),
+    } | {f"waiting for collectives over {axes}": s for axes, s in found.times.exposed.items()}  # fmt: skip
+    name, seconds = max(parts.items(), key=lambda part: part[1])
+    return f"{name}: {seconds / found.times.step:.0%} of the step"
+
+
+def as_json(found: Forecast, hardware: Hardware) -> dict[str, Any]:
+    return {
+        "model": found.cfg.model, "plan": found.cfg.plan, "mesh": asdict(found.cfg.mesh),
+        "world_size": found.mesh.size * found.cfg.mesh.replica, "batch_size": found.cfg.batch_size,
+        "seq_len": found.cfg.seq_len, "precision": found.cfg.precision, "remat": found.cfg.remat,
+        "hardware": hardware.name, "fits": found.fits(hardware), "peak_bytes": found.peak.bytes,
+        "peak_at": found.peak.at, "categories": found.peak.by,
+        "collectives": {
+            axes: [{"op": op, "count": n, "bytes": size, "largest": largest} for op, (n, size, largest) in ops.items()]
+            for axes, ops in found.collectives.items()
+        },
+        "flops_per_rank": found.flops, "step_time_s": found.times.step * found.cfg.accumulate,
+        "exposed_s": found.times.exposed, "tokens_per_s_per_rank": found.tokens_per_s, "mfu": found.mfu,
+        "bottleneck": bottleneck(found),
+    }  # fmt: skip
+
+
+def lines(found: Forecast, model: Model, hardware: Hardware) -> Iterator[str]:
+    cfg, peak, times = found.cfg, found.peak, found.times
+    mesh = ", ".join(f"{axis} {size}" for axis, size in asdict(cfg.mesh).items() if size > 1) or "one rank"
+    params = sum(spec.numel for spec in model.specs.values())
+    yield (
+        f"{cfg.model} ({si(params)} parameters), plan {cfg.plan} on {found.mesh.size * cfg.mesh.replica} x "
+        f"{hardware.name}: {mesh}"
+    )
+    yield (
+        f"{cfg.batch_size} sequences of {cfg.seq_len:,} tokens, {cfg.precision}, remat {cfg.remat}, "
+        f"optimizer state {cfg.optimizer_state}"
+        + (f", in {cfg.accumulate} microbatches" if cfg.accumulate > 1 else "")
+    )
+    left = hardware.memory - peak.bytes
+    yield ""
+    yield f"peak memory      {gb(peak.bytes)} of {gb(hardware.memory)}: " + (
+        f"fits, {gb(left)} to spare" if left >= 0 else f"DOES NOT FIT, by {gb(-left)}"
+    )
+    yield f"reached in       {peak.at}"
+    for name in CATEGORIES:
+        yield f"  {name:<19}{gb(peak.by[name])}" + (
+            f"   (at most {gb(peak.most[name])})" if name in peak.most and peak.most[name] > peak.by[name] else ""
+        )
+    yield ""
+    yield from terminal_plot(found.timeline, hardware.memory)
+    yield ""
+    yield f"{'collectives over':<18}{'':<24}{'number':>7}{'bytes':>12}{'largest':>12}"
+    for axes, ops in sorted(found.collectives.items()):
+        for op, (n, size, largest) in sorted(ops.items()):
+            yield f"  {axes:<16}{op:<24}{n:>7}{bytes_(size):>12}{bytes_(largest):>12}"
+    yield ""
+    step = times.step * cfg.accumulate
+    yield f"step             {step:.2f} s, {found.tokens_per_s:,.0f} tokens/s a rank, MFU {found.mfu:.1%} (causal at half)"
+    shares = {**times.busy, **{f"waiting over {axes}": s for axes, s in times.exposed.items() if s > 0}}
+    yield "  " + ", ".join(f"{name} {s / times.step:.1%}" for name, s in sorted(shares.items(), key=lambda p: -p[1]))
+    yield f"FLOPs a rank     {found.flops:.3e}, recomputed ones too"
+    yield f"bottleneck       {bottleneck(found)}"
+    if any(spec.experts for spec in model.specs.values()):
+        yield f"experts          assumed {cfg.expert_imbalance:g} times as busy on this rank as on the mean one"
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e9:7.2f} GB"
+
+
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+def terminal_plot(timeline: Timeline, limit: float, width: int = 96, height: int = 6) -> Iterator[str]:
+    """Memory over the instructions of a step; the most of those that share a column."""
+    most = [moment.most for moment in timeline.moments]
+    columns = min(width, len(most))
+    cut = [max(most[i * len(most) // columns : (i + 1) * len(most) // columns]) for i in range(columns)]
+    top = max(cut)
+    for row in reversed(range(height)):
+        levels = (min(max(value / top * height - row, 0.0), 1.0) for value in cut)
+        label = gb(top) if row == height - 1 else " " * len(gb(0))
+        yield f"{label} |" + "".join(BARS[round(level * (len(BARS) - 1))] for level in levels)
+    yield " " * len(gb(0)) + " +" + "forward".ljust(columns // 2, "-") + "backward, update".rjust(columns - columns // 2, "-")
+
+
+def draw(found: Forecast, hardware: Hardware, path: str) -> None:
+    """Memory over a step, by category, as a PNG. Raises ValueError without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    moments = found.timeline.moments
+    names = [name for name in CATEGORIES[:-1] if any(m.held.get(name) for m in moments)]
+    layers = [[m.held.get(name, 0) / 1e9 for m in moments] for name in names]
+    figure, axes = pyplot.subplots(figsize=(10, 5))
+    axes.stackplot(range(len(moments)), layers, labels=names)
+    axes.plot([m.most / 1e9 for m in moments], color="black", linewidth=0.7, label="with what runs")
+    axes.axhline(hardware.memory / 1e9, color="red", linestyle="--", label=hardware.name)
+    axes.set(xlabel="instructions of a step", ylabel="GB", title=f"{found.cfg.model} on {hardware.name}, a rank")
+    axes.legend(loc="upper left", fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    print(f"drawn: {path}", file=sys.stderr)
+
+
+# --- Search
+
+
+def search(cfg: PlanConfig, model: Model, plan: Plan, hardware: Hardware) -> int:
+    """The best meshes and remat policies for --world-size; 1 where none fits."""
+    world = cfg.world_size or sizes(cfg)[0].size * cfg.mesh.replica
+    began, found, why = time.perf_counter(), [], Counter()
+    tried = list(candidates(cfg, world))
+    for number, one in enumerate(tried, 1):
+        mesh = f"fsdp {one.mesh.fsdp}, sp {one.mesh.sp}, ep {one.mesh.ep}, remat {one.remat}"
+        try:
+            of = forecast(one, model, plan, hardware)
+        except ValueError as error:
+            why[str(error)] += 1
+            continue
+        fits = of.fits(hardware)
+        if fits:
+            found.append(of)
+        say = f"{gb(of.peak.bytes)}, {of.tokens_per_s:,.0f} tokens/s a rank" + ("" if fits else ": does not fit")
+        print(f"{number}/{len(tried)}  {mesh}: {say}  ({time.perf_counter() - began:.0f} s)", file=sys.stderr, flush=True)
+        if not fits:
+            why[f"{mesh}: {gb(of.peak.bytes - hardware.memory)} too much"] += 1
+    found.sort(key=lambda of: -of.tokens_per_s)
+    if cfg.json:
+        print(json.dumps([as_json(of, hardware) | {"command": command(of)} for of in found[:5]]))
+    else:
+        for of in found[:5]:
+            print(f"{of.tokens_per_s:>8,.0f} tokens/s a rank  {gb(of.peak.bytes)}  {command(of)}")
+        for reason, n in why.most_common():
+            print(f"not: {reason}" + (f" ({n} times)" if n > 1 else ""))
+        if not found:
+            print(f"nothing fits {hardware.name}")
+    return 0 if found else 1
+
+
+def candidates(cfg: PlanConfig, world: int) -> Iterator[PlanConfig]:
+    """Powers of two, and what is left for fsdp; remat from the fastest on."""
+    powers = [2**i for i in range(world.bit_length()) if world % 2**i == 0 and 2**i <= 64]
+    experts = powers if cfg.mesh.ep == -1 or cfg.search else [cfg.mesh.ep]
+    for sp, ep, remat in product(powers, experts, POLICIES):
+        if world % (sp * ep) == 0:
+            mesh = MeshConfig(world // (sp * ep), sp, ep)
+            yield replace(cfg, mesh=mesh, remat=remat, search=False)
+
+
+def command(found: Forecast) -> str:
+    """The command line that runs it."""
+    cfg = found.cfg
+    values: Mapping[str, Any] = {
+        "plan": cfg.plan, "model": cfg.model, "mesh.fsdp": cfg.mesh.fsdp, "mesh.sp": cfg.mesh.sp, "mesh.ep": cfg.mesh.ep,
+        "seq-len": cfg.seq_len, "batch-size": cfg.batch_size, "precision": cfg.precision, "remat": cfg.remat,
+        "optimizer-state": cfg.optimizer_state,
+    }  # fmt: skip
+    return " ".join([RUN, *(f"--{name} {value}" for name, value in values.items())])
+
+
+def parse(argv: Sequence[str]) -> PlanConfig:
+    return tyro.cli(PlanConfig, prog=f"{RUN} plan", args=list(argv))
