@@ -5,7 +5,7 @@ that have shapes and no data. What depends on data is assumed: no padding, each 
 `imbalance` says. Attention is assumed to keep no scores, as flash-attn does.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .flops import graph_flops
 from .job import Job, make_job
+from .kernels import DEAR
 from .memory import ROLES, Peak
 from .mesh import Mesh
 from .model import Model
@@ -50,8 +51,9 @@ class Traced:
     def __init__(self, program: Program, job: Job, roles: Sequence[str], groups: Mapping[str, "Span"]):
         self.program, self.job, self.roles, self.groups = program, job, roles, groups
 
-    def timeline(self, workspace: Callable[[fx.Node], int], fuse: bool = True) -> Timeline:
-        return Timeline(self.program, self.roles, fuse, workspace)
+    def timeline(self, on_a_cpu: bool = False, fuse: bool = True) -> Timeline:
+        """Its memory, on an accelerator or on a CPU; operator by operator unless `fuse`."""
+        return Timeline(self.program, self.roles, fuse, on_cpu if on_a_cpu else on_accelerator, DEAR if on_a_cpu else ())
 
     def flops(self) -> int:
         """Of the step on this rank, recomputed products too."""

@@ -4,7 +4,7 @@ Element-wise operators, and what only rearranges, are computed where their resul
 product's operand, of a reduction, of an output. What none of these asks for is never in memory.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -51,8 +51,13 @@ class Kernels(NamedTuple):
     outputs: list[int | None]
 
 
-def kernels(module: fx.GraphModule, fuse: bool) -> Kernels:
-    """What runs of a piece; operator by operator unless `fuse`."""
+# What inductor's code for CPUs computes once, where several would each compute it (torch/_inductor/ir.py, StorageBox).
+DEAR = {aten.exp.default, aten.sigmoid.default}
+
+
+def kernels(module: fx.GraphModule, fuse: bool, dear: Collection = ()) -> Kernels:
+    """What runs of a piece; operator by operator unless `fuse`. dear: operators whose results are kept in memory for
+    several that use them."""
     size: dict[int, int] = {}
     maker: dict[int, fx.Node] = {}  # of each storage, the node that made it
     users: dict[int, set[fx.Node]] = {}  # and those that read it, views aside
@@ -71,9 +76,17 @@ def kernels(module: fx.GraphModule, fuse: bool) -> Kernels:
         node = maker[key]
         if not fuse or node.op != "call_function" or not _fusible(node):
             return True
+        if node in costs and len(users.get(key, ())) > 1:
+            return True
         return key in outputs or not all(_fusible(user) or user.target in REDUCTIONS for user in users.get(key, ()))
 
-    in_memory = {key for key in maker if stored(key)}
+    in_memory: set[int] = set()
+    costs: set[fx.Node] = set()  # what computes something dear, itself or in what it is fused with
+    for node in module.graph.nodes:
+        fused = [n for n in node.all_input_nodes if not storages(n).keys() & in_memory]
+        if node.target in dear or any(n in costs for n in fused):
+            costs.add(node)
+        in_memory |= {key for key in storages(node) if maker[key] is node and stored(key)}
     behind: dict[int, frozenset[int]] = {}  # of what is not in memory, what it is computed from
 
     def sources(keys: Iterable[int]) -> frozenset[int]:

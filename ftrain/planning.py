@@ -14,7 +14,7 @@ import tyro
 from .config import MeshConfig, Precision
 from .console import bytes_, si
 from .flops import flops_per_token
-from .forecast import Traced, Work, on_accelerator, trace
+from .forecast import Traced, Work, trace
 from .memory import CATEGORIES, Peak
 from .mesh import Mesh, resolve
 from .model import Model, find_model
@@ -111,7 +111,7 @@ def forecast(cfg: PlanConfig, model: Model, plan: Plan, hardware: Hardware) -> F
         cfg.expert_imbalance,
     )  # fmt: skip
     traced = trace(model, plan, mesh, work, replica)
-    timeline = traced.timeline(on_accelerator)
+    timeline = traced.timeline()
     times = predict(traced, timeline.pieces, hardware)
     seconds = times.step * cfg.accumulate
     tokens = batch * cfg.seq_len / world

@@ -4,7 +4,7 @@ As it is measured (memory.py): what the program's slots hold between instruction
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from torch import fx
@@ -26,12 +26,18 @@ class Moment(NamedTuple):
 
 
 class Timeline:
-    """moments: one for each instruction of a program. pieces: what runs in each distinct one."""
+    """moments: one for each instruction of a program. pieces: what runs in each distinct one.
 
-    def __init__(self, program: Program, roles: Sequence[str], fuse: bool, workspace: Workspace = lambda node: 0):
+    fuse, dear: as `kernels` takes them. workspace: what an operator takes for itself.
+    """
+
+    def __init__(
+        self, program: Program, roles: Sequence[str], fuse: bool, workspace: Workspace = lambda node: 0,
+        dear: Collection = (),
+    ):  # fmt: skip
         self.program, self.fuse, self.workspace = program, fuse, workspace
         self.pieces: dict[tuple, Kernels] = {
-            key: kernels(module, fuse and not _alone(module)) for key, module in program.pieces.items()
+            key: kernels(module, fuse and not _alone(module), dear) for key, module in program.pieces.items()
         }
         self._above: dict[tuple, int] = {}
         self.moments: list[Moment] = []

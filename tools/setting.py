@@ -23,7 +23,7 @@ from ftrain.transfer import to_device
 
 
 def started(
-    model: str, rows: int, length: int, *, plan: str = "fsdp_sp_ep", mesh: Mesh = Mesh(-1, 1, 1),
+    model: str | dict, rows: int, length: int, *, plan: str = "fsdp_sp_ep", mesh: Mesh = Mesh(-1, 1, 1),
     optimizer_state: str = "fp32", process: Process | None = None, **how,
 ) -> tuple[Process, Model, Job, State, list[Mapping[str, Tensor]]]:  # fmt: skip
     """A job, its first state, and this rank's part of a batch of random tokens, rows of `length`: each is one document,

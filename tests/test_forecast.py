@@ -1,0 +1,160 @@
+"""What `plan` foresees, beside what the step is seen to do."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from ftrain.__main__ import main as command_line
+from ftrain.config import MeshConfig
+from ftrain.equivalence import random_batch
+from ftrain.flops import graph_flops
+from ftrain.forecast import Work, pretended, trace
+from ftrain.graph import one_graph
+from ftrain.job import make_job
+from ftrain.memory import measure
+from ftrain.mesh import Mesh
+from ftrain.model import find_model
+from ftrain.plan import find_plan
+from ftrain.planning import PlanConfig, as_json, candidates, command, forecast
+from ftrain.roofline import find_hardware, predict
+from ftrain.state import init_state
+from ftrain.step import Recipe, make_train_step
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TOOL = Path(__file__).parents[1] / "tools" / "forecast_accuracy.py"
+MODEL = "qwen3-moe-tiny"
+H100 = find_hardware("h100-80gb")
+
+
+def foreseen(**flags):
+    cfg = PlanConfig(MODEL, seq_len=64, batch_size=8, mesh=MeshConfig(2, 1, 2), remat="full", **flags)
+    return forecast(cfg, find_model(MODEL), find_plan(cfg.plan), H100)
+
+
+@pytest.mark.parametrize("remat", ["none", "selective", "full"])
+def test_memory_is_what_is_measured(remat, one_rank):
+    """Operator by operator, to a hundredth; what Python's allocator rounds is the rest."""
+    model = find_model(dict(find_model(MODEL).hf, num_hidden_layers=2))
+    job = make_job(model, find_plan("fsdp_sp_ep"), Mesh(), remat=remat)
+    batch = random_batch(model.cfg.vocab, 2, 128, seed=0, packed=False)
+    batch["segment_ids"] = batch["segment_ids"] * 0
+    state = init_state(model.specs, job.placements, job.device_mesh, 0)
+    seen = measure(make_train_step(model, job.sharding, job.ops, Recipe(), "aot_eager"), state, job.microbatches(batch))
+    dist.destroy_process_group()
+    traced = trace(model, find_plan("fsdp_sp_ep"), Mesh(), Work(2, 128, "fp32", remat), mode="aot_eager")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # the fixture ends it
+    peak = traced.timeline(on_a_cpu=True, fuse=False).peak()
+    assert peak.bytes == pytest.approx(seen.bytes, rel=0.01)
+    assert peak.at == seen.at
+    for kind in ("parameters", "optimizer", "gradients", "activations"):
+        assert peak.by[kind] == pytest.approx(seen.by[kind], rel=0.01), kind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [2, 3])
+def test_two_ranks_do_what_was_foreseen(case, tmp_path):
+    found = []
+    for how in (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], []):
+        out = tmp_path / f"{len(found)}.json"
+        more = [] if how else ["--foresee"]
+        subprocess.run([sys.executable, *how, TOOL, "--case", str(case), "--out", out, *more], check=True)
+        found.append(json.loads(out.read_text()))
+    real, seen = found
+    assert seen["sent"] == real["sent"] and real["sent"]
+    assert seen["flops"] == real["flops"] > 0
+    assert seen["peak"] == pytest.approx(real["peak"], rel=0.05)
+
+
+def test_what_is_printed_says_all():
+    found = foreseen()
+    said = as_json(found, H100)
+    asked = "world_size fits peak_bytes categories collectives flops_per_rank step_time_s tokens_per_s_per_rank mfu bottleneck"
+    assert set(asked.split()) <= said.keys() and json.loads(json.dumps(said))
+    assert said["world_size"] == 4 and said["fits"] and sum(said["categories"].values()) == said["peak_bytes"]
+    assert {"ep", "fsdp", "fsdp+ep"} <= said["collectives"].keys()
+    assert 0 < said["mfu"] < 1 and 0 < said["step_time_s"]
+
+
+def test_busier_experts_hold_and_take_more():
+    calm, busy = foreseen(), foreseen(expert_imbalance=2.0)
+    assert busy.peak.bytes > calm.peak.bytes and busy.flops > calm.flops and busy.times.step > calm.times.step
+
+
+def test_slower_links_make_a_step_wait():
+    found = foreseen()
+    with pretended(1):
+        pass  # may be asked for again
+    slow = replace(H100, link=H100.link / 1e3, network=H100.network / 1e3)
+    traced = trace(find_model(MODEL), find_plan("fsdp_sp_ep"), Mesh(2, 1, 2), Work(8, 64, remat="full"))
+    waits = predict(traced, traced.timeline().pieces, slow)
+    assert waits.step > found.times.step and sum(waits.exposed.values()) > sum(found.times.exposed.values())
+    assert waits.busy == pytest.approx(found.times.busy)
+
+
+def test_recomputation_costs_and_saves():
+    model, plan = find_model(MODEL), find_plan("fsdp_sp_ep")
+    none, full = (trace(model, plan, Mesh(2, 1, 1), Work(8, 512, remat=remat)) for remat in ("none", "full"))
+    assert full.flops() > none.flops()
+    assert full.timeline().peak().bytes < none.timeline().peak().bytes
+
+
+def test_thousands_of_ranks():
+    found = trace(find_model(MODEL), find_plan("fsdp_sp_ep"), Mesh(1024, 2, 8), Work(8192, 64))
+    assert {len(span.ranks) for span in found.groups.values()} >= {2, 8, 2048, 16384}
+    assert all(found.groups[c.group].axes for c in found.program.collectives())
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--hardware tpu", "--hardware tpu: known are a100-80gb, h100-80gb"),
+        ("--mesh.fsdp 2 --mesh.sp 3", "8 attention heads are not divisible by sp 3|heads are not divisible by sp 3"),
+        ("--mesh.fsdp 1 --mesh.ep 3", "experts"),
+        ("--world-size 6 --mesh.fsdp 4", "mesh fsdp 4 x sp 1 x ep 1 = 4 ranks, but the world size is 6"),
+        ("--mesh.sp 2", "--world-size"),
+        ("--seq-len 0 --mesh.fsdp 1", "--seq-len 0: must be at least 1"),
+        ("--expert-imbalance 0 --mesh.fsdp 1", "--expert-imbalance 0"),
+        ("--plan fsdb --mesh.fsdp 1", "fsdb"),
+        ("--model qwen2-vl-tiny --mesh.fsdp 1", "only text is forecast yet"),
+    ],
+)
+def test_bad_flags_are_named(flags, message, capsys, monkeypatch):
+    monkeypatch.setattr("ftrain.forecast.make_train_step", None)  # nothing is traced
+    assert command_line(["plan", *f"--model {MODEL} {flags}".split()]) != 0
+    import re
+
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_hardware_of_ones_own(tmp_path):
+    mine = tmp_path / "mine.json"
+    known = {key: value for key, value in vars(H100).items() if key != "name"}
+    mine.write_text(json.dumps(known | {"memory": 1e6}))
+    assert find_hardware(str(mine)).memory == 1e6
+    assert not foreseen().fits(find_hardware(str(mine)))
+    mine.write_text(json.dumps({"memory": 1e6}))
+    with pytest.raises(ValueError, match="must have the fields attention, bandwidth"):
+        find_hardware(str(mine))
+
+
+def test_search_runs_what_it_finds(capsys):
+    tried = list(candidates(PlanConfig(MODEL), 4))
+    assert len({(one.mesh, one.remat) for one in tried}) == len(tried) == 2 * 6
+    found = foreseen()
+    flags = command(found).split()[3:]
+    from ftrain import config
+
+    cfg = config.parse(flags)
+    assert (cfg.mesh.fsdp, cfg.mesh.ep, cfg.remat, cfg.batch_size) == (2, 2, "full", 8)
+
+
+def test_flops_are_the_programs(one_rank):
+    with_step = one_graph(lambda x, w: (x @ w).sum(), "aot_eager")
+    import torch
+
+    assert graph_flops(with_step.program(torch.ones(3, 4), torch.ones(4, 5)).line()) == 2 * 3 * 4 * 5
