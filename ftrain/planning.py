@@ -293,8 +293,7 @@ def search(cfg: PlanConfig, model: Model, plan: Plan, hardware: Hardware) -> int
 def candidates(cfg: PlanConfig, world: int) -> Iterator[PlanConfig]:
     """Powers of two, and what is left for fsdp; remat from the fastest on."""
     powers = [2**i for i in range(world.bit_length()) if world % 2**i == 0 and 2**i <= 64]
-    experts = powers if cfg.mesh.ep == -1 or cfg.search else [cfg.mesh.ep]
-    for sp, ep, remat in product(powers, experts, POLICIES):
+    for sp, ep, remat in product(powers, powers, POLICIES):
         if world % (sp * ep) == 0:
             mesh = MeshConfig(world // (sp * ep), sp, ep)
             yield replace(cfg, mesh=mesh, remat=remat, search=False)

@@ -1,14 +1,17 @@
 """What `plan` foresees, beside what the step is seen to do."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from ftrain import config
 from ftrain.__main__ import main as command_line
 from ftrain.config import MeshConfig
 from ftrain.equivalence import random_batch
@@ -103,9 +106,9 @@ def test_recomputation_costs_and_saves():
     assert full.timeline().peak().bytes < none.timeline().peak().bytes
 
 
-def test_thousands_of_ranks():
-    found = trace(find_model(MODEL), find_plan("fsdp_sp_ep"), Mesh(1024, 2, 8), Work(8192, 64))
-    assert {len(span.ranks) for span in found.groups.values()} >= {2, 8, 2048, 16384}
+def test_a_thousand_ranks():
+    found = trace(find_model(MODEL), find_plan("fsdp_sp_ep"), Mesh(64, 2, 8), Work(512, 64))
+    assert {len(span.ranks) for span in found.groups.values()} >= {2, 8, 128, 1024}
     assert all(found.groups[c.group].axes for c in found.program.collectives())
 
 
@@ -126,8 +129,6 @@ def test_thousands_of_ranks():
 def test_bad_flags_are_named(flags, message, capsys, monkeypatch):
     monkeypatch.setattr("ftrain.forecast.make_train_step", None)  # nothing is traced
     assert command_line(["plan", *f"--model {MODEL} {flags}".split()]) != 0
-    import re
-
     assert re.search(message, capsys.readouterr().err)
 
 
@@ -142,19 +143,15 @@ def test_hardware_of_ones_own(tmp_path):
         find_hardware(str(mine))
 
 
-def test_search_runs_what_it_finds(capsys):
+def test_search_runs_what_it_finds():
     tried = list(candidates(PlanConfig(MODEL), 4))
     assert len({(one.mesh, one.remat) for one in tried}) == len(tried) == 2 * 6
     found = foreseen()
     flags = command(found).split()[3:]
-    from ftrain import config
-
     cfg = config.parse(flags)
     assert (cfg.mesh.fsdp, cfg.mesh.ep, cfg.remat, cfg.batch_size) == (2, 2, "full", 8)
 
 
 def test_flops_are_the_programs(one_rank):
     with_step = one_graph(lambda x, w: (x @ w).sum(), "aot_eager")
-    import torch
-
     assert graph_flops(with_step.program(torch.ones(3, 4), torch.ones(4, 5)).line()) == 2 * 3 * 4 * 5
