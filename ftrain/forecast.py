@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .flops import graph_flops
 from .job import Job, make_job
 from .kernels import DEAR
-from .memory import ROLES, Peak
+from .memory import ROLES
 from .mesh import Mesh
 from .model import Model
 from .ops import fill_batch
@@ -53,7 +53,8 @@ class Traced:
 
     def timeline(self, on_a_cpu: bool = False, fuse: bool = True) -> Timeline:
         """Its memory, on an accelerator or on a CPU; operator by operator unless `fuse`."""
-        return Timeline(self.program, self.roles, fuse, on_cpu if on_a_cpu else on_accelerator, DEAR if on_a_cpu else ())
+        workspace, dear = (on_cpu, DEAR) if on_a_cpu else (on_accelerator, ())
+        return Timeline(self.program, self.roles, fuse, workspace, dear)
 
     def flops(self) -> int:
         """Of the step on this rank, recomputed products too."""

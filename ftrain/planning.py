@@ -172,6 +172,7 @@ def as_json(found: Forecast, hardware: Hardware) -> dict[str, Any]:
 
 
 def lines(found: Forecast, model: Model, hardware: Hardware) -> Iterator[str]:
+    """The forecast, for people."""
     cfg, peak, times = found.cfg, found.peak, found.times
     mesh = ", ".join(f"{axis} {size}" for axis, size in asdict(cfg.mesh).items() if size > 1) or "one rank"
     params = sum(spec.numel for spec in model.specs.values())
@@ -203,8 +204,9 @@ def lines(found: Forecast, model: Model, hardware: Hardware) -> Iterator[str]:
             yield f"  {axes:<16}{op:<24}{n:>7}{bytes_(size):>12}{bytes_(largest):>12}"
     yield ""
     step = times.step * cfg.accumulate
-    yield f"step             {step:.2f} s, {found.tokens_per_s:,.0f} tokens/s a rank, MFU {found.mfu:.1%} (causal at half)"
-    shares = {**times.busy, **{f"waiting over {axes}": s for axes, s in times.exposed.items() if s > 0}}
+    speed = f"{found.tokens_per_s:,.0f} tokens/s a rank, MFU {found.mfu:.1%} (causal at half)"
+    yield f"step             {step:.2f} s, {speed}"
+    shares = {**times.busy, **{f"waiting over {axes}": s for axes, s in times.exposed.items()}}
     yield "  " + ", ".join(f"{name} {s / times.step:.1%}" for name, s in sorted(shares.items(), key=lambda p: -p[1]))
     yield f"FLOPs a rank     {found.flops:.3e}, recomputed ones too"
     yield f"bottleneck       {bottleneck(found)}"
@@ -229,7 +231,8 @@ def terminal_plot(timeline: Timeline, limit: float, width: int = 96, height: int
         levels = (min(max(value / top * height - row, 0.0), 1.0) for value in cut)
         label = gb(top) if row == height - 1 else " " * len(gb(0))
         yield f"{label} |" + "".join(BARS[round(level * (len(BARS) - 1))] for level in levels)
-    yield " " * len(gb(0)) + " +" + "forward".ljust(columns // 2, "-") + "backward, update".rjust(columns - columns // 2, "-")
+    half = columns // 2
+    yield " " * len(gb(0)) + " +" + "forward".ljust(half, "-") + "backward, update".rjust(columns - half, "-")
 
 
 def draw(found: Forecast, hardware: Hardware, path: str) -> None:
@@ -262,8 +265,10 @@ def search(cfg: PlanConfig, model: Model, plan: Plan, hardware: Hardware) -> int
     """The best meshes and remat policies for --world-size; 1 where none fits."""
     world = cfg.world_size or sizes(cfg)[0].size * cfg.mesh.replica
     began, found, why = time.perf_counter(), [], Counter()
-    tried = list(candidates(cfg, world))
+    tried = list(candidates(cfg, world, any(spec.experts for spec in model.specs.values())))
     for number, one in enumerate(tried, 1):
+        if found and found[-1].cfg.mesh == one.mesh:
+            continue  # it fits, and recomputing more would be slower
         mesh = f"fsdp {one.mesh.fsdp}, sp {one.mesh.sp}, ep {one.mesh.ep}, remat {one.remat}"
         try:
             of = forecast(one, model, plan, hardware)
@@ -274,7 +279,8 @@ def search(cfg: PlanConfig, model: Model, plan: Plan, hardware: Hardware) -> int
         if fits:
             found.append(of)
         say = f"{gb(of.peak.bytes)}, {of.tokens_per_s:,.0f} tokens/s a rank" + ("" if fits else ": does not fit")
-        print(f"{number}/{len(tried)}  {mesh}: {say}  ({time.perf_counter() - began:.0f} s)", file=sys.stderr, flush=True)
+        took = f"({time.perf_counter() - began:.0f} s)"
+        print(f"{number}/{len(tried)}  {mesh}: {say}  {took}", file=sys.stderr, flush=True)
         if not fits:
             why[f"{mesh}: {gb(of.peak.bytes - hardware.memory)} too much"] += 1
     found.sort(key=lambda of: -of.tokens_per_s)
@@ -290,10 +296,10 @@ def search(cfg: PlanConfig, model: Model, plan: Plan, hardware: Hardware) -> int
     return 0 if found else 1
 
 
-def candidates(cfg: PlanConfig, world: int) -> Iterator[PlanConfig]:
-    """Powers of two, and what is left for fsdp; remat from the fastest on."""
+def candidates(cfg: PlanConfig, world: int, experts: bool) -> Iterator[PlanConfig]:
+    """Powers of two, and what is left for fsdp; ep where there are experts; remat from the fastest on."""
     powers = [2**i for i in range(world.bit_length()) if world % 2**i == 0 and 2**i <= 64]
-    for sp, ep, remat in product(powers, powers, POLICIES):
+    for sp, ep, remat in product(powers, powers if experts else [1], POLICIES):
         if world % (sp * ep) == 0:
             mesh = MeshConfig(world // (sp * ep), sp, ep)
             yield replace(cfg, mesh=mesh, remat=remat, search=False)
@@ -303,7 +309,8 @@ def command(found: Forecast) -> str:
     """The command line that runs it."""
     cfg = found.cfg
     values: Mapping[str, Any] = {
-        "plan": cfg.plan, "model": cfg.model, "mesh.fsdp": cfg.mesh.fsdp, "mesh.sp": cfg.mesh.sp, "mesh.ep": cfg.mesh.ep,
+        "plan": cfg.plan, "model": cfg.model,
+        "mesh.fsdp": cfg.mesh.fsdp, "mesh.sp": cfg.mesh.sp, "mesh.ep": cfg.mesh.ep,
         "seq-len": cfg.seq_len, "batch-size": cfg.batch_size, "precision": cfg.precision, "remat": cfg.remat,
         "optimizer-state": cfg.optimizer_state,
     }  # fmt: skip

@@ -1,18 +1,17 @@
 """How long a step would take: each kernel by what bounds it, each collective by the links it goes over.
 
-A kernel takes the longer of two times: its FLOPs at the peak of its dtype times an efficiency, its bytes at the memory's
-bandwidth times another. A collective takes its latency and its bytes at the bandwidth of its slowest link. Kernels run
+A kernel takes the longer of two times: its FLOPs at the peak of its dtype times an efficiency, its bytes at the
+memory's bandwidth times another. A collective takes its latency and its bytes at the bandwidth of its slowest link. Kernels run
 one after another, and so do collectives, beside them: what waits for one that is still on its way stands still.
 """
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, fx
 
 from .flops import node_flops
@@ -80,7 +79,6 @@ def predict(traced: Traced, pieces: Mapping[tuple, Kernels], hardware: Hardware)
     exposed, busy, sent = Counter(), Counter(), Counter()
     now = free = 0.0  # when the device, and the network, are done with what they were given
     done: dict[object, tuple[float, str]] = {}
-    nodes = traced.program.nodes
     for number, instruction in enumerate(traced.program.instructions):
         if instruction.key not in known:
             known[instruction.key] = list(_events(traced, pieces[instruction.key], instruction.key, hardware))
@@ -93,11 +91,12 @@ def predict(traced: Traced, pieces: Mapping[tuple, Kernels], hardware: Hardware)
                 sent[label] += seconds
                 where = instruction.gives[0] if what is None else (number, what)
                 done[where] = free, label
-            else:
-                at, label = done.pop(instruction.takes[0] if what is None else (number, what))
+            else:  # what was kept from the forward may be waited for again, and is there
+                at, label = done.pop(instruction.takes[0] if what is None else (number, what), (now, ""))
                 exposed[label] += max(0.0, at - now)
                 now = max(now, at)
-    return Times(now, dict(exposed), dict(busy), dict(sent))
+    waited = {axes: seconds for axes, seconds in exposed.items() if seconds}
+    return Times(now, waited, dict(busy), dict(sent))
 
 
 def _events(traced: Traced, piece: Kernels, key: tuple, hardware: Hardware):

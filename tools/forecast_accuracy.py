@@ -1,7 +1,8 @@
 """A forecast beside the run that it is of: python tools/forecast_accuracy.py prints the table of docs/forecast.md.
 
 Each case is run on its ranks (processes here, one thread each): the memory of a compiled step is measured, its
-collectives and FLOPs are counted while it runs. The forecast of the same step is made in another process, without ranks.
+collectives and FLOPs are counted while it runs. The forecast of the same step is made in another process, without
+ranks.
 """
 
 import dataclasses
@@ -47,7 +48,9 @@ class Case(NamedTuple):
     layers: int = 4
 
     def __str__(self) -> str:
-        return f"{self.model}, {self.layers} layers, {self.plan} {'x'.join(map(str, self.mesh))}, {self.rows} x {self.length}, {self.remat}, {self.mode}"
+        mesh = "x".join(map(str, self.mesh))
+        work = f"{self.layers} layers, {self.rows} x {self.length}, {self.remat}, {self.mode}"
+        return f"{self.model}, {self.plan} {mesh}, {work}"
 
 
 DENSE = "qwen3-dense"
@@ -75,7 +78,8 @@ def config(case: Case) -> dict:
     if case.model == DENSE:
         dropped = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
         hf = {key: value for key, value in hf.items() if key not in dropped}
-        hf |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 256, "intermediate_size": 768}
+        hf |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+        hf |= {"hidden_size": 256, "intermediate_size": 768}
     return hf
 
 

@@ -30,7 +30,7 @@ EXPERTS = {  # Qwen3-30B-A3B, ep 8
 
 def main(models: list[str] = ["Qwen2-7B", "Qwen3-30B-A3B"], hardware: str = "h100-80gb", remat: str = "full") -> None:
     machine, plan = find_hardware(hardware), find_plan("fsdp_sp_ep")
-    print(f"| model | tokens | mesh | VeOmni GB | torchtitan GB | ftrain GB | VeOmni tokens/s | torchtitan | ftrain | s |")
+    print("| model | tokens | mesh | VeOmni GB | torchtitan GB | ftrain GB | VeOmni tokens/s | torchtitan | ftrain | s |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name in models:
         model, rows, ep = find_model(name), *((DENSE, 1) if name == "Qwen2-7B" else (EXPERTS, 8))
