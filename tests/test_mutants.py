@@ -175,9 +175,9 @@ def accumulated_without_zeroing(patch):
 
 def outputs_in_the_wrong_order(patch):
     send = parallel.sending_place
-    patch.setattr(parallel, "sending_place", lambda place, world: send(
-        place, world
-    ) if world.size == 1 else lambda y, batch, name: send(place, world)(
+    patch.setattr(parallel, "sending_place", lambda place, world, *more: send(
+        place, world, *more
+    ) if world.size == 1 else lambda y, batch, name: send(place, world, *more)(
         y, batch | {f"{name}.order": batch[f"{name}.order"].flip(0)}, name
     ))  # fmt: skip
 
