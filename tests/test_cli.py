@@ -67,7 +67,7 @@ def test_help_has_every_flag_grouped_with_its_meaning(capsys):
         (["--precision", "bf17"], "invalid choice 'bf17' for argument '--precision'"),
         (["--steps", "many"], "Error parsing --steps: invalid literal for int"),
         (["--resume", "auto", "--overwrite"], "--resume and --overwrite are not allowed together"),
-        (["chek"], "error: unknown command chek; did you mean check? (commands: train, check, export; none is train)"),
+        (["chek"], "error: unknown command chek; did you mean check? (commands: train, check, plan, export; none is train)"),
         (["--batch-size", "0"], "error: --batch-size 0: must be at least 1"),
         (["--config", "nowhere"], "error: --config nowhere: there is no such file; a run directory holds it as run"),
     ],
