@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -35,12 +35,17 @@ def graph_flops(nodes: Iterable[fx.Node]) -> int:
     return sum(map(node_flops, nodes))
 
 
-def node_flops(node: fx.Node) -> int:
-    """Those of one operator; 0 of one that is neither a product nor attention."""
+def flop_formula(op) -> Callable[..., int] | None:
+    """(*args, out_val=) -> FLOPs of an operator (an OpOverload); None of one that is neither a product nor attention."""
     from torch.utils.flop_counter import flop_registry
 
-    op = getattr(node.target, "overloadpacket", None)
-    count = OWN_FLOPS.get(str(op)) or flop_registry.get(op)
+    packet = getattr(op, "overloadpacket", None)
+    return OWN_FLOPS.get(str(packet)) or flop_registry.get(packet)
+
+
+def node_flops(node: fx.Node) -> int:
+    """Those of one operator."""
+    count = flop_formula(node.target)
     if not count:
         return 0
     args = [n.meta["val"] if isinstance(n, fx.Node) else n for n in node.args]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from .nodes import LIGHT, is_start, is_wait
+from .nodes import LIGHT, is_start, is_wait, mutates
 
 aten = torch.ops.aten
 
@@ -108,7 +108,7 @@ def kernels(module: fx.GraphModule, fuse: bool, dear: Collection = ()) -> Kernel
             if key not in in_memory:
                 behind[key] = reads
         stays = tuple(key for key in made if key in in_memory)
-        if stays or not (made or _moves(node)):
+        if stays or mutates(node):
             run.append(Kernel(node, reads, stays, fuse and _fusible(node)))
     return Kernels(run, size, inputs, outputs)
 
@@ -126,11 +126,6 @@ def _only(keys: Mapping[int, int]) -> int | None:
 
 
 def _fusible(node: fx.Node) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload) or is_start(node) or node.target._schema.is_mutable:
+    if not isinstance(node.target, torch._ops.OpOverload) or is_start(node) or mutates(node):
         return False
     return torch.Tag.pointwise in node.target.tags or node.target in LIGHT or node.target in INDEXED
-
-
-def _moves(node: fx.Node) -> bool:
-    """Whether a node that makes no storage is a mere view, and not an update in place."""
-    return not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from .config import MeshConfig, Precision
+from .config import PROGRAM, MeshConfig, Precision
 from .console import bytes_, si
 from .flops import flops_per_token
 from .forecast import Traced, Work, trace
@@ -22,8 +22,7 @@ from .plan import Plan, find_plan
 from .roofline import Hardware, Times, find_hardware, predict
 from .timeline import Timeline
 
-RUN = "python -m ftrain"
-POLICIES = ("selective", "full")  # that --search tries, the faster first
+TRIED = ("selective", "full")  # remat policies that --search tries, the faster first
 
 
 @dataclass(frozen=True)
@@ -299,7 +298,7 @@ def search(cfg: PlanConfig, model: Model, plan: Plan, hardware: Hardware) -> int
 def candidates(cfg: PlanConfig, world: int, experts: bool) -> Iterator[PlanConfig]:
     """Powers of two, and what is left for fsdp; ep where there are experts; remat from the fastest on."""
     powers = [2**i for i in range(world.bit_length()) if world % 2**i == 0 and 2**i <= 64]
-    for sp, ep, remat in product(powers, powers if experts else [1], POLICIES):
+    for sp, ep, remat in product(powers, powers if experts else [1], TRIED):
         if world % (sp * ep) == 0:
             mesh = MeshConfig(world // (sp * ep), sp, ep)
             yield replace(cfg, mesh=mesh, remat=remat, search=False)
@@ -314,8 +313,8 @@ def command(found: Forecast) -> str:
         "seq-len": cfg.seq_len, "batch-size": cfg.batch_size, "precision": cfg.precision, "remat": cfg.remat,
         "optimizer-state": cfg.optimizer_state,
     }  # fmt: skip
-    return " ".join([RUN, *(f"--{name} {value}" for name, value in values.items())])
+    return " ".join([PROGRAM, *(f"--{name} {value}" for name, value in values.items())])
 
 
 def parse(argv: Sequence[str]) -> PlanConfig:
-    return tyro.cli(PlanConfig, prog=f"{RUN} plan", args=list(argv))
+    return tyro.cli(PlanConfig, prog=f"{PROGRAM} plan", args=list(argv))

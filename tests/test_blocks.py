@@ -104,10 +104,8 @@ def test_random_numbers_are_drawn_once(remat, mode):
             return x * noise + 0 * (x @ q["a"] @ q["b"]), noise
 
         x, noises = ops.scan(block, p, "l", LAYERS, batch["x"] @ p["e"])
-        seen.append([n.detach() for n in noises])
         return (x * torch.stack([n.detach() for n in noises]).prod(0)).sum()
 
-    seen: list = []
     specs = specs_of(extra="e")
     params = {name: initial(name, spec, 0) for name, spec in specs.items()}
     [batch, _] = batches()

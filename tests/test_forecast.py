@@ -113,9 +113,10 @@ def test_recomputation_costs_and_saves():
     assert full.timeline().peak().bytes < none.timeline().peak().bytes
 
 
-def test_a_thousand_ranks():
-    found = trace(find_model(MODEL), find_plan("fsdp_sp_ep"), Mesh(64, 2, 8), Work(512, 64))
-    assert {len(span.ranks) for span in found.groups.values()} >= {2, 8, 128, 1024}
+def test_groups_of_a_thousand_ranks():
+    """In copies: a tensor that does not divide by the ranks that cut it is assembled piece by piece, which takes long."""
+    found = trace(find_model(MODEL), find_plan("fsdp_sp_ep"), Mesh(2, 2, 8), Work(512, 64), replica=32)
+    assert {len(span.ranks) for span in found.groups.values()} >= {2, 8, 32, 1024}
     assert all(found.groups[c.group].axes for c in found.program.collectives())
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ftrain.flops import OWN_FLOPS
+from ftrain.flops import flop_formula
 from ftrain.forecast import Work, trace
 from ftrain.launch import finish
 from ftrain.memory import measure
@@ -106,14 +106,12 @@ class Counting(TorchDispatchMode):
         self.flops = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        from torch.utils.flop_counter import flop_registry
-
         out = op(*args, **(kwargs or {}))
         if op.namespace == "_c10d_functional" and "wait" not in op._opname:
             size = max(t.numel() * t.element_size() for t in tree_leaves([args[0], out]) if isinstance(t, Tensor))
             self.sent[f"{op._opname} count"] += 1
             self.sent[f"{op._opname} bytes"] += size
-        count = OWN_FLOPS.get(str(op.overloadpacket)) or flop_registry.get(op.overloadpacket)
+        count = flop_formula(op)
         if count:
             self.flops += count(*args, out_val=out)
         return out
