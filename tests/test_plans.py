@@ -284,7 +284,7 @@ def test_check_reports_an_error_inside_a_run(monkeypatch, capsys):
 def test_check_holds(capsys):
     assert check.check("fsdp_sp_ep", "qwen3-moe-tiny") is True
     out = capsys.readouterr().out
-    assert out.count(" holds ") == 8 and "FAILS" not in out
+    assert out.count(" holds ") == 9 and "FAILS" not in out
 
 
 def test_a_plan_is_asked_about_whole_shapes():
