@@ -84,9 +84,10 @@ def export(argv: Sequence[str]) -> int:
 
 def plan(argv: Sequence[str]) -> int:
     """Forecast a step's memory, communication and speed."""
-    from .planning import main, parse
+    from . import planning, search
 
-    return main(parse(argv))
+    cfg = planning.parse(argv)
+    return search.main(cfg) if cfg.search else planning.main(cfg)
 
 
 COMMANDS = {"train": train, "check": check, "plan": plan, "export": export}

@@ -1,8 +1,8 @@
 """A train step, traced for ranks that are not there: without weights, devices or a launcher.
 
 What is traced is the step itself (step.py), as the first rank of a process group that is only said to exist, on tensors
-that have shapes and no data. What depends on data is assumed: no padding, each row one document, experts as busy as
-`imbalance` says. Attention is assumed to keep no scores, as flash-attn does.
+that have shapes and no data. What depends on data is assumed: all batch ranks have the same, no padding, each row one
+document, experts as busy as `imbalance` says. Attention is assumed to keep no scores, as flash-attn does.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import Replicate
 
+from .data import collate, in_one_row
 from .flops import graph_flops
+from .items import in_rows_of
 from .job import Job, make_job
 from .kernels import DEAR
 from .memory import ROLES
@@ -42,19 +45,24 @@ class Work:
     fp8_all_gather: bool = False
     imbalance: float = 1.0
     """Rows that this rank's experts get, over the mean."""
+    media: float = 0.5
+    """Of a row's tokens, those of examples with images, sounds, ...: for models that take more than text."""
 
 
 class Traced:
     """A step as one rank runs it. roles: of each input of the program. groups: of each process group, its axes and the
-    ranks in it."""
+    ranks in it. within: for encoders' packs of so many units, which part of all pairs of units lies within an item."""
 
-    def __init__(self, program: Program, job: Job, roles: Sequence[str], groups: Mapping[str, "Span"]):
-        self.program, self.job, self.roles, self.groups = program, job, roles, groups
+    def __init__(
+        self, program: Program, job: Job, roles: Sequence[str], groups: Mapping[str, "Span"],
+        within: Mapping[int, float],
+    ):  # fmt: skip
+        self.program, self.job, self.roles, self.groups, self.within = program, job, roles, groups, within
 
     def timeline(self, on_a_cpu: bool = False, fuse: bool = True) -> Timeline:
         """Its memory, on an accelerator or on a CPU; operator by operator unless `fuse`."""
         workspace, dear = (on_cpu, DEAR) if on_a_cpu else (on_accelerator, ())
-        return Timeline(self.program, self.roles, fuse, workspace, dear)
+        return Timeline(self.program, self.roles, fuse, workspace, dear, host=on_a_cpu)
 
     def flops(self) -> int:
         """Of the step on this rank, recomputed products too."""
@@ -90,10 +98,11 @@ def trace(
 
     Raises ValueError where model, plan and mesh do not fit each other, before anything is traced.
     """
-    if model.blanks or model.examples is not None:
-        raise ValueError(f"model {model.family}: only text is forecast yet, and this one takes or gives more than that")
     kv_repeats(model.cfg.heads, model.cfg.kv_heads, mesh.sp)
-    with pretended(mesh.size * replica):
+    world = mesh.size * replica
+    with pretended(mesh.sp):
+        parts = a_share(model, mesh.sp, world, work)
+    with pretended(world):
         job = make_job(
             model, plan, mesh, replica, precision=work.precision, remat=work.remat,
             fp8_all_gather=work.fp8_all_gather, exchanged=lambda sizes, rows: assumed(sizes, rows, work.imbalance),
@@ -104,16 +113,53 @@ def trace(
                 model.specs, job.placements, job.device_mesh,
                 lambda name, spec, at: torch.empty([s.stop - s.start for s in at]), work.optimizer_state,
             )  # fmt: skip
-            parts = job.microbatches(a_batch(work), work.accumulate)
             step = make_train_step(model, job.sharding, job.ops, Recipe(), "aot_eager", work.accumulate)
             arguments = step.arguments(state, parts)
         graph, names = step.graph.traced(*arguments)
-        return Traced(Program(graph, mode), job, [ROLES.get(name, "batch") for name in names], groups)
+        within = {len(item): _within(item) for part in parts for item in (part[f"{n}.item"] for n in model.blanks)}
+        return Traced(Program(graph, mode), job, [ROLES.get(name, "batch") for name in names], groups, within)
 
 
-def a_batch(work: Work) -> dict[str, Tensor]:
-    ids = torch.zeros(work.batch_size, work.seq_len, dtype=torch.int64)
-    return fill_batch({"input_ids": ids, "labels": ids.clone()})
+def a_share(model: Model, sp: int, world: int, work: Work) -> list[dict[str, Tensor]]:
+    """The first rank's microbatches of a global batch whose batch ranks all have the same: as if these were the job,
+    whose items go nowhere else. Needs a process group of `sp` ranks."""
+    rows = -(-work.batch_size // (world // sp * work.accumulate)) * work.accumulate
+    job = make_job(model, lambda name, shape, mesh: [Replicate()] * len(mesh), Mesh(1, sp, 1))
+    parts = job.microbatches(a_batch(model, rows, work), work.accumulate)
+    for name, blank in model.blanks.items():
+        for part in parts if world > 1 else ():
+            outputs = len(part[f"{name}.item"]) // blank.units * len(blank.slots)
+            part.setdefault(f"{name}.order", torch.arange(outputs))
+            part[f"{name}.splits"] = torch.zeros(2, world, dtype=torch.int64)
+    return parts
+
+
+def a_batch(model: Model, rows: int, work: Work) -> dict:
+    """So many rows of text, and of models that take more, with `work.media` of each row as the model's examples.
+
+    Raises ValueError where a row is too short for one.
+    """
+    S = work.seq_len
+    if model.examples is None:
+        ids = torch.zeros(rows, S, dtype=torch.int64)
+        return fill_batch({"input_ids": ids, "labels": ids.clone()})
+    example = model.prepare(model.examples(torch.Generator().manual_seed(0))[-1 if work.media else 0])
+    length, whole_row = example["segment_ids"].shape[1], any(name.startswith("row_") for name in example)
+    times = 1 if whole_row else max(round(work.media * S / length), 1)
+    row = collate([in_one_row([example] * times)], S)  # what fills it up is padding, which costs what text does
+    if "input_ids" in row:
+        row["labels"] = torch.zeros_like(row["input_ids"])
+    items = {
+        name: [in_rows_of(item, S, S, down) for down in range(rows) for item in of_row]
+        for name, of_row in row.pop("items", {}).items()
+    }
+    return {name: t.expand(rows, *t.shape[1:]) for name, t in row.items()} | {"items": items}
+
+
+def _within(item: Tensor) -> float:
+    """Of all pairs of units, the part that is of one item. item: each unit's, equal ones in one run."""
+    runs = item.unique_consecutive(return_counts=True)[1].double()
+    return float((runs**2).sum() / runs.sum() ** 2)
 
 
 def assumed(sizes: Tensor, rows: int, imbalance: float) -> list[list[int]]:

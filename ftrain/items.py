@@ -5,6 +5,7 @@ work is balanced over the whole global batch, and no rank holds more of a sequen
 after the fact, as in OrchMLLM (arXiv 2503.23830).
 """
 
+import heapq
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -65,10 +66,10 @@ def bucket(units: int) -> int:
 
 def share_out(costs: Sequence[int], ranks: int) -> list[list[int]]:
     """Indices of the items for each rank: the dearest first, each to the rank with least so far."""
-    load, out = [0] * ranks, [[] for _ in range(ranks)]
+    loads, out = [(0, rank) for rank in range(ranks)], [[] for _ in range(ranks)]
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = min(range(ranks), key=lambda r: (load[r], r))
-        load[rank] += costs[index]
+        load, rank = loads[0]
+        heapq.heapreplace(loads, (load + costs[index], rank))
         out[rank].append(index)
     return out
 

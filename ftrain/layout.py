@@ -5,8 +5,8 @@ first, each cutting what the former left into pieces of ceil(length / n), so tha
 pieces can be short or empty.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -70,45 +70,95 @@ class Pieces:
 
     def __init__(self, shape: Sequence[int], dims: Sequence[int], sizes: Sequence[int]):
         self.shape, self.dims, self.sizes = tuple(shape), tuple(dims), tuple(sizes)
-        placements = [Shard(dim) for dim in dims]
-        self.shapes = [
-            tuple(s.stop - s.start for s in shard_slices(shape, placements, sizes, at))
-            for at in product(*map(range, sizes))
-        ]
-        self.padded = self.shapes[0]  # the first rank's pieces are never the short ones
-        self.numel = 1
-        for size in self.padded:
-            self.numel *= size
-        self.flat = all(dim == 0 for dim in dims) and all(s == self.padded for s in self.shapes)
+        self.ranks = math.prod(sizes)
+        padded, even = list(shape), True
+        for dim, n in zip(self.dims, self.sizes):
+            even = even and padded[dim] % n == 0
+            padded[dim] = -(-padded[dim] // n)
+        self.padded, self.numel = tuple(padded), math.prod(padded)
+        self.flat = even and all(dim == 0 for dim in dims)
+
+    def shape_of(self, rank: int) -> tuple[int, ...]:
+        """Of one rank's piece."""
+        at = []
+        for n in reversed(self.sizes):
+            rank, here = divmod(rank, n)
+            at.insert(0, here)
+        cut = shard_slices(self.shape, [Shard(dim) for dim in self.dims], self.sizes, at)
+        return tuple(s.stop - s.start for s in cut)
 
     def pad(self, piece: Tensor) -> Tensor:
         """A piece -> [numel]."""
-        short = [full - size for full, size in zip(self.padded, piece.shape)]
-        if any(short):
-            piece = F.pad(piece, [n for size in reversed(short) for n in (0, size)])
-        return piece.reshape(-1)
+        return _filled_up(piece, range(piece.ndim), self.padded).reshape(-1)
 
     def unpad(self, flat: Tensor, shape: Sequence[int]) -> Tensor:
         """[numel] -> the piece of `shape` that was padded."""
         piece = flat.reshape(self.padded)
         for dim, size in enumerate(shape):
-            piece = piece.narrow(dim, 0, size)
+            piece = _first(piece, dim, size)
         return piece
 
     def assemble(self, rows: Tensor) -> Tensor:
         """[ranks, numel] -> the whole tensor."""
         if self.flat:
             return rows.reshape(self.shape)
-        pieces = [self.unpad(row, shape) for row, shape in zip(rows.unbind(0), self.shapes, strict=True)]
-        for dim, n in zip(reversed(self.dims), reversed(self.sizes)):
-            pieces = [torch.cat(pieces[i : i + n], dim) for i in range(0, len(pieces), n)]
-        return pieces[0]
+        return _joined(rows.reshape(*self.sizes, *self.padded), 0, self.shape, self.dims, self.sizes)
 
     def take_apart(self, whole: Tensor) -> Tensor:
         """The whole tensor -> [ranks, numel], each row padded."""
         if self.flat:
-            return whole.reshape(len(self.shapes), self.numel)
-        pieces = [whole]
-        for dim, n in zip(self.dims, self.sizes):
-            pieces = [q for p in pieces for q in p.split(chunk_lengths(p.shape[dim], n), dim)]
-        return torch.stack([self.pad(piece) for piece in pieces])
+            return whole.reshape(self.ranks, self.numel)
+        return _cut(whole, 0, self.padded, self.dims, self.sizes).reshape(self.ranks, self.numel)
+
+
+# Both take the ranks of a mesh dimension at once, as one dimension of a tensor: `b` such are in front already. Of the
+# pieces of a cut all are full but the last that holds anything: where that is cut again, it is taken by itself.
+
+
+def _joined(x: Tensor, b: int, shape: Sequence[int], dims: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """[..., *sizes, *padded] -> [..., *shape]."""
+    if not dims:
+        for i, length in enumerate(shape):
+            x = _first(x, b + i, length)
+        return x
+    dim, length, cut_again = dims[0], shape[dims[0]], dims[0] in dims[1:]
+    full = -(-length // sizes[0])
+    n = length // full if cut_again else sizes[0]
+    whole = _joined(_first(x, b, n), b + 1, _with(shape, dim, full), dims[1:], sizes[1:])
+    whole = whole.movedim(b, b + dim).flatten(b + dim, b + dim + 1)
+    if n * full < length:
+        short = _joined(x.select(b, n), b, _with(shape, dim, length - n * full), dims[1:], sizes[1:])
+        return torch.cat([whole, short], b + dim)
+    return _first(whole, b + dim, length)
+
+
+def _cut(x: Tensor, b: int, padded: Sequence[int], dims: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """[..., *shape] -> [..., *sizes, *padded]."""
+    if not dims:
+        return _filled_up(x, range(b, x.ndim), padded)
+    at, cut_again = b + dims[0], dims[0] in dims[1:]
+    length = x.shape[at]
+    full = -(-length // sizes[0])
+    n = length // full if cut_again else sizes[0]
+    whole = _filled_up(_first(x, at, min(n * full, length)), [at], [n * full])
+    rows = _cut(whole.unflatten(at, (n, full)).movedim(at, b), b + 1, padded, dims[1:], sizes[1:])
+    if n * full < length:
+        short = _cut(x.narrow(at, n * full, length - n * full), b, padded, dims[1:], sizes[1:])
+        rows = torch.cat([rows, short.unsqueeze(b)], b)
+    return _filled_up(rows, [b], [sizes[0]])
+
+
+def _first(x: Tensor, dim: int, length: int) -> Tensor:
+    return x if x.shape[dim] == length else x.narrow(dim, 0, length)
+
+
+def _filled_up(x: Tensor, dims: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Zeros at the end of these dimensions, up to these lengths."""
+    more = [0] * (2 * x.ndim)
+    for dim, length in zip(dims, lengths, strict=True):
+        more[2 * (x.ndim - 1 - dim) + 1] = length - x.shape[dim]
+    return F.pad(x, more) if any(more) else x
+
+
+def _with(shape: Sequence[int], dim: int, length: int) -> list[int]:
+    return [length if i == dim else n for i, n in enumerate(shape)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from .nodes import is_light, is_start, is_wait, mutates
+from .nodes import begins, is_light, is_wait, mutates
 from .program import Program
 from .schedule import base, is_region
 from .state import State
@@ -70,11 +70,11 @@ def run(program: Program, inputs: list, roles: Sequence[str]) -> tuple[list, Pea
     device = next(t.device.type for t in inputs if isinstance(t, Tensor))
     kinds = categories(program, roles)
     slots = program.filled(inputs)
-    held = [_held(slots, kinds)]  # before each instruction
+    held = [_held(slots, kinds, device)]  # before each instruction
     with (of_profiler if device == "cpu" else of_allocator)() as (mark, above):
         for _ in program.run(slots):
             mark()
-            held.append(_held(slots, kinds))
+            held.append(_held(slots, kinds, device))
     start = sum(held[0].values())
     at, most = max(enumerate(above()), key=lambda found: found[1])
     by = dict.fromkeys(CATEGORIES, 0) | held[at]
@@ -136,7 +136,7 @@ def categories(program: Program, roles: Sequence[str]) -> list[str]:
         if node in found:
             continue
         of = {found[n] for n in node.all_input_nodes}
-        moves = is_light(node) or is_start(node) or is_wait(node)
+        moves = is_light(node) or begins(node) or is_wait(node)
         if moves and of and of <= {"parameters", "gathered weights"}:
             found[node] = "gathered weights"
         elif _is_region(node, "backward") or "gradients" in of or node in summed:
@@ -152,12 +152,12 @@ def _is_region(node: fx.Node, which: str) -> bool:
     return is_region(node) and node.target.__name__.endswith(f"_{which}")
 
 
-def _held(slots: Sequence, kinds: Sequence[str]) -> dict[str, int]:
-    """Bytes by category; of several that share a storage, the first one's."""
+def _held(slots: Sequence, kinds: Sequence[str], device: str) -> dict[str, int]:
+    """Bytes on the device by category; of several that share a storage, the first one's."""
     seen: set[int] = set()
     held: dict[str, int] = {}
     for value, kind in zip(slots, kinds, strict=True):
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.device.type == device:
             storage = value.untyped_storage()
             if storage._cdata not in seen:
                 seen.add(storage._cdata)

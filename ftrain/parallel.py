@@ -81,7 +81,7 @@ class Bucket:
             return list(rows)
         own = all_reduce(reduce_scatter(rows[0], self.gather), self.reduce)
         parts = own.split([p.numel for p in self.pieces])
-        return [p.unpad(part, p.shapes[self.gather.rank]) for p, part in zip(self.pieces, parts)]
+        return [p.unpad(part, p.shape_of(self.gather.rank)) for p, part in zip(self.pieces, parts)]
 
 
 class Gather(torch.autograd.Function):

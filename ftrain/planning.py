@@ -2,12 +2,9 @@
 
 import json
 import sys
-import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import product
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -21,9 +18,6 @@ from .model import Model, find_model
 from .plan import Plan, find_plan
 from .roofline import Hardware, Times, find_hardware, predict
 from .timeline import Timeline
-
-TRIED = ("selective", "full")  # remat policies that --search tries, the faster first
-
 
 @dataclass(frozen=True)
 class PlanConfig:
@@ -46,7 +40,7 @@ class PlanConfig:
     """Parts that a step's batch is taken in."""
     precision: Precision = "bf16"
     """Of matrix products."""
-    remat: Literal["none", "selective", "full"] = "selective"
+    remat: Literal["none", "selective", "full", "offload"] = "selective"
     """What backward recomputes."""
     optimizer_state: Literal["fp32", "bf16", "8bit"] = "fp32"
     """How AdamW's moments are kept."""
@@ -56,6 +50,8 @@ class PlanConfig:
     """The machine: a name in hardware.json, or a JSON file with the fields of one."""
     expert_imbalance: float = 1.0
     """Rows that the first rank's experts get, over the mean of all ranks."""
+    media: float = 0.5
+    """Of models that take more than text: the part of a row that is the model's small examples of images, sounds, ..."""
     search: bool = False
     """Try the meshes of --world-size, and remat policies, and show the best that fit."""
     json: bool = False
@@ -76,49 +72,67 @@ class Forecast:
     flops: int
     times: Times
     tokens_per_s: float
-    mfu: float
+    mfu: float | None
     timeline: Timeline
 
     def fits(self, hardware: Hardware) -> bool:
         return self.peak.bytes <= hardware.memory
 
 
-def main(cfg: PlanConfig) -> int:
-    """Prints what the flags ask for; 0 where it fits. Raises ValueError before anything is traced, as `train` would."""
-    hardware, model, plan = find_hardware(cfg.hardware), find_model(cfg.model), find_plan(cfg.plan)
+class Asked(NamedTuple):
+    """What the flags name."""
+
+    model: Model
+    plan: Plan
+    hardware: Hardware
+
+
+def asked(cfg: PlanConfig) -> Asked:
+    """Raises ValueError for flags that make no sense, before anything is traced."""
+    of = Asked(find_model(cfg.model), find_plan(cfg.plan), find_hardware(cfg.hardware))
     for name in ("seq_len", "accumulate", "batch_size", "world_size"):
         value = getattr(cfg, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if not 0 <= cfg.media <= 1:
+        raise ValueError(f"--media {cfg.media}: must be a part of a row, from 0 to 1")
     if not cfg.expert_imbalance > 0:
         raise ValueError(f"--expert-imbalance {cfg.expert_imbalance}: must be positive")
-    if cfg.search:
-        return search(cfg, model, plan, hardware)
-    found = forecast(cfg, model, plan, hardware)
-    print(json.dumps(as_json(found, hardware)) if cfg.json else "\n".join(lines(found, model, hardware)))
+    return of
+
+
+def main(cfg: PlanConfig) -> int:
+    """Prints what the flags ask for; 0 where it fits. Raises ValueError as `asked`, and where model, plan and mesh do
+    not fit each other, as `train` would."""
+    of = asked(cfg)
+    found = forecast(cfg, of)
+    print(json.dumps(as_json(found, of.hardware)) if cfg.json else "\n".join(lines(found, of)))
     if cfg.plot:
-        draw(found, hardware, cfg.plot)
-    return 0 if found.fits(hardware) else 1
+        draw(found, of.hardware, cfg.plot)
+    return 0 if found.fits(of.hardware) else 1
 
 
-def forecast(cfg: PlanConfig, model: Model, plan: Plan, hardware: Hardware) -> Forecast:
+def forecast(cfg: PlanConfig, of: Asked) -> Forecast:
+    model, plan, hardware = of
     mesh, replica = sizes(cfg)
     world = mesh.size * replica
     batch = cfg.batch_size or world // mesh.sp * cfg.accumulate
     work = Work(
         batch, cfg.seq_len, cfg.precision, cfg.remat, cfg.optimizer_state, cfg.accumulate, cfg.fp8_all_gather,
-        cfg.expert_imbalance,
+        cfg.expert_imbalance, cfg.media,
     )  # fmt: skip
     traced = trace(model, plan, mesh, work, replica)
     timeline = traced.timeline()
     times = predict(traced, timeline.pieces, hardware)
     seconds = times.step * cfg.accumulate
     tokens = batch * cfg.seq_len / world
-    needed = flops_per_token(model.specs, model.cfg, cfg.seq_len) * tokens
-    kind = cfg.precision.split("-")[0]
+    mfu = None  # not known of models that take or give more than text
+    if model.examples is None:
+        needed = flops_per_token(model.specs, model.cfg, cfg.seq_len) * tokens
+        mfu = needed / seconds / hardware.flops[cfg.precision.split("-")[0]]
     return Forecast(
         replace(cfg, batch_size=batch, mesh=MeshConfig(*mesh, replica)), mesh, timeline.peak(), sent(traced),
-        traced.flops() * cfg.accumulate, times, tokens / seconds, needed / seconds / hardware.flops[kind], timeline,
+        traced.flops() * cfg.accumulate, times, tokens / seconds, mfu, timeline,
     )  # fmt: skip
 
 
@@ -170,8 +184,9 @@ def as_json(found: Forecast, hardware: Hardware) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def lines(found: Forecast, model: Model, hardware: Hardware) -> Iterator[str]:
+def lines(found: Forecast, of: Asked) -> Iterator[str]:
     """The forecast, for people."""
+    model, hardware = of.model, of.hardware
     cfg, peak, times = found.cfg, found.peak, found.times
     mesh = ", ".join(f"{axis} {size}" for axis, size in asdict(cfg.mesh).items() if size > 1) or "one rank"
     params = sum(spec.numel for spec in model.specs.values())
@@ -203,8 +218,10 @@ def lines(found: Forecast, model: Model, hardware: Hardware) -> Iterator[str]:
             yield f"  {axes:<16}{op:<24}{n:>7}{bytes_(size):>12}{bytes_(largest):>12}"
     yield ""
     step = times.step * cfg.accumulate
-    speed = f"{found.tokens_per_s:,.0f} tokens/s a rank, MFU {found.mfu:.1%} (causal at half)"
-    yield f"step             {step:.2f} s, {speed}"
+    speed = f"{found.tokens_per_s:,.0f} tokens/s a rank"
+    if found.mfu is not None:
+        speed += f", MFU {found.mfu:.1%} (causal at half)"
+    yield f"step             {f'{step:.2f} s' if step >= 1 else f'{step * 1e3:.2f} ms'}, {speed}"
     shares = {**times.busy, **{f"waiting over {axes}": s for axes, s in times.exposed.items()}}
     yield "  " + ", ".join(f"{name} {s / times.step:.1%}" for name, s in sorted(shares.items(), key=lambda p: -p[1]))
     yield f"FLOPs a rank     {found.flops:.3e}, recomputed ones too"
@@ -214,7 +231,7 @@ def lines(found: Forecast, model: Model, hardware: Hardware) -> Iterator[str]:
 
 
 def gb(size: float) -> str:
-    return f"{size / 1e9:7.2f} GB"
+    return f"{size / 1e9:7.2f} GB" if size >= 1e8 or not size else f"{size / 1e6:7.2f} MB"
 
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -255,65 +272,6 @@ def draw(found: Forecast, hardware: Hardware, path: str) -> None:
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     print(f"drawn: {path}", file=sys.stderr)
-
-
-# --- Search
-
-
-def search(cfg: PlanConfig, model: Model, plan: Plan, hardware: Hardware) -> int:
-    """The best meshes and remat policies for --world-size; 1 where none fits."""
-    world = cfg.world_size or sizes(cfg)[0].size * cfg.mesh.replica
-    began, found, why = time.perf_counter(), [], Counter()
-    tried = list(candidates(cfg, world, any(spec.experts for spec in model.specs.values())))
-    for number, one in enumerate(tried, 1):
-        if found and found[-1].cfg.mesh == one.mesh:
-            continue  # it fits, and recomputing more would be slower
-        mesh = f"fsdp {one.mesh.fsdp}, sp {one.mesh.sp}, ep {one.mesh.ep}, remat {one.remat}"
-        try:
-            of = forecast(one, model, plan, hardware)
-        except ValueError as error:
-            why[str(error)] += 1
-            continue
-        fits = of.fits(hardware)
-        if fits:
-            found.append(of)
-        say = f"{gb(of.peak.bytes)}, {of.tokens_per_s:,.0f} tokens/s a rank" + ("" if fits else ": does not fit")
-        took = f"({time.perf_counter() - began:.0f} s)"
-        print(f"{number}/{len(tried)}  {mesh}: {say}  {took}", file=sys.stderr, flush=True)
-        if not fits:
-            why[f"{mesh}: {gb(of.peak.bytes - hardware.memory)} too much"] += 1
-    found.sort(key=lambda of: -of.tokens_per_s)
-    if cfg.json:
-        print(json.dumps([as_json(of, hardware) | {"command": command(of)} for of in found[:5]]))
-    else:
-        for of in found[:5]:
-            print(f"{of.tokens_per_s:>8,.0f} tokens/s a rank  {gb(of.peak.bytes)}  {command(of)}")
-        for reason, n in why.most_common():
-            print(f"not: {reason}" + (f" ({n} times)" if n > 1 else ""))
-        if not found:
-            print(f"nothing fits {hardware.name}")
-    return 0 if found else 1
-
-
-def candidates(cfg: PlanConfig, world: int, experts: bool) -> Iterator[PlanConfig]:
-    """Powers of two, and what is left for fsdp; ep where there are experts; remat from the fastest on."""
-    powers = [2**i for i in range(world.bit_length()) if world % 2**i == 0 and 2**i <= 64]
-    for sp, ep, remat in product(powers, powers if experts else [1], TRIED):
-        if world % (sp * ep) == 0:
-            mesh = MeshConfig(world // (sp * ep), sp, ep)
-            yield replace(cfg, mesh=mesh, remat=remat, search=False)
-
-
-def command(found: Forecast) -> str:
-    """The command line that runs it."""
-    cfg = found.cfg
-    values: Mapping[str, Any] = {
-        "plan": cfg.plan, "model": cfg.model,
-        "mesh.fsdp": cfg.mesh.fsdp, "mesh.sp": cfg.mesh.sp, "mesh.ep": cfg.mesh.ep,
-        "seq-len": cfg.seq_len, "batch-size": cfg.batch_size, "precision": cfg.precision, "remat": cfg.remat,
-        "optimizer-state": cfg.optimizer_state,
-    }  # fmt: skip
-    return " ".join([PROGRAM, *(f"--{name} {value}" for name, value in values.items())])
 
 
 def parse(argv: Sequence[str]) -> PlanConfig:

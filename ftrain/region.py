@@ -283,17 +283,24 @@ def _proxies(tensors: Sequence[Tensor]) -> list:
     return [get_proxy_mode().tracer.unwrap_proxy(t) for t in tensors]
 
 
-def _call(fn: Callable, *args) -> fx.Proxy:
-    """A node that calls a function of ours on what is no tensor of the trace, only a value of the graph."""
-    return get_proxy_mode().tracer.create_proxy("call_function", fn, args, {}, name=fn.__name__)
+def _call(fn: Callable, value: Tensor, *args) -> fx.Proxy:
+    """A node that calls a function of ours on what is no tensor of the trace, only a value of the graph. value: what it
+    gives, but for its data."""
+    proxy = get_proxy_mode().tracer.create_proxy("call_function", fn, args, {}, name=fn.__name__)
+    proxy.node.meta["val"] = value
+    return proxy
+
+
+def _like(t: Tensor) -> Tensor:
+    """A fake tensor with a memory of its own."""
+    with disable_proxy_modes_tracing():
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
 
 
 def _emit(region: Region, arguments: Sequence, outputs: int) -> tuple[list[Tensor], fx.Proxy]:
     """A node that calls the region; its first `outputs` as fake tensors, and all as a proxy."""
     tracer = get_proxy_mode().tracer
-    values = _outputs(region)[:outputs]
-    with disable_proxy_modes_tracing():
-        outs = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values]
+    outs = [_like(v) for v in _outputs(region)[:outputs]]
     proxy = tracer.create_proxy("call_function", region, tuple(arguments), {}, name=region.__name__)
     track_tensor_tree(outs, proxy, constant=None, tracer=tracer)
     return outs, proxy
@@ -327,8 +334,8 @@ class _Differentiable(torch.autograd.Function):
             kept = {("x", 0): x} | {("saved", i): values[i] for kind, i in pair.wants if kind == "saved"}
             for at in kept.keys() & set(pair.wants):
                 if isinstance(kept[at], Tensor):  # and no size that depends on the data
-                    ctx.proxies[at] = _call(to_host, ctx.proxies[at])
-                    ctx.away[at] = kept[at].device
+                    ctx.proxies[at] = _call(to_host, _like(kept[at]), ctx.proxies[at])
+                    ctx.away[at] = kept[at]
         ctx.set_materialize_grads(False)
         kinds = [(t.shape, t.dtype, t.device) for t in outs]
         ctx.zeros = lambda i: torch.zeros(kinds[i][0], dtype=kinds[i][1], device=kinds[i][2])
@@ -350,8 +357,9 @@ class _Differentiable(torch.autograd.Function):
         proxies |= {("above", i): p for i, p in zip(wanted, _proxies(given))}
         if any(kind == "row" for kind, _ in pair.wants):
             proxies |= {("row", i): p for i, p in enumerate(_proxies(weights.start(weights.shards)))}
-        back = {at: _call(to_device, proxies[at], device) for at, device in ctx.away.items()}
-        proxies |= {at: _call(arrived, proxy) for at, proxy in back.items()}
+        values = {at: _like(t) for at, t in ctx.away.items()}
+        back = {at: _call(to_device, values[at], proxies[at], t.device) for at, t in ctx.away.items()}
+        proxies |= {at: _call(arrived, values[at], proxy) for at, proxy in back.items()}
         found, _ = _emit(pair.backward, [proxies[at] for at in pair.wants], len(pair.gives))
         grads = dict(zip(pair.gives, found, strict=True))
         of_shards = weights.finish([grads.get(("row", i)) for i in range(weights.rows)])

@@ -1,8 +1,9 @@
 """How long a step would take: each kernel by what bounds it, each collective by the links it goes over.
 
 A kernel takes the longer of two times: its FLOPs at the peak of its dtype times an efficiency, its bytes at the
-memory's bandwidth times another. A collective takes its latency and its bytes at the bandwidth of its slowest link. Kernels run
-one after another, and so do collectives, beside them: what waits for one that is still on its way stands still.
+memory's bandwidth times another. A collective takes its latency and its bytes at the bandwidth of its slowest link.
+Kernels run one after another, and beside them so do collectives and, by themselves, copies to and from the host: what
+waits for one that is still on its way stands still.
 """
 
 import json
@@ -17,18 +18,20 @@ from torch import Tensor, fx
 from .flops import node_flops
 from .forecast import Span, Traced
 from .kernels import Kernel, Kernels, storages
-from .nodes import is_start, is_wait
+from .nodes import begins, is_start, is_wait
 
+HOST = "host"  # beside the axes of collectives, what copies to and from it go over
 KNOWN = Path(__file__).with_name("hardware.json")
 
 
 @dataclass(frozen=True)
 class Hardware:
     """A machine. memory: bytes that a rank can use. flops: FLOP/s by dtype (bf16, fp8, fp32), dense. bandwidth, link,
-    network: bytes/s of a device's memory, between devices of a node in one direction, and of a device's share of the
-    network. latency: seconds of a collective, within a node and beyond. launch: seconds a kernel takes at least.
-    matmul, attention, moves: which part of the peak products and attention reach, and of the bandwidth all else.
-    links: which part of a link's bandwidth collectives reach. sources: where the figures are from.
+    network, host: bytes/s of a device's memory, between devices of a node in one direction, of a device's share of the
+    network, and to the host's memory or back. latency: seconds of a collective, within a node and beyond. launch:
+    seconds a kernel takes at least. matmul, attention, moves: which part of the peak products and attention reach, and
+    of the bandwidth all else. links: which part of a link's bandwidth collectives reach. sources: where the figures are
+    from.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Hardware:
     bandwidth: float
     link: float
     network: float
+    host: float
     latency: tuple[float, float]
     launch: float
     matmul: float
@@ -65,8 +69,9 @@ def find_hardware(which: str) -> Hardware:
 
 
 class Times(NamedTuple):
-    """Seconds of a step, and what they are made of. exposed: of the step, waiting for collectives, by axes. busy:
-    of kernels, by what bounds them. sent: seconds that collectives of each axes take."""
+    """Seconds of a step, and what they are made of. exposed: of the step, waiting for collectives, by axes, and for
+    copies from the host. busy: of kernels, by what bounds them. sent: seconds that collectives of each axes take, and
+    copies."""
 
     step: float
     exposed: dict[str, float]
@@ -77,7 +82,7 @@ class Times(NamedTuple):
 def predict(traced: Traced, pieces: Mapping[tuple, Kernels], hardware: Hardware) -> Times:
     known: dict[tuple, list[tuple]] = {}
     exposed, busy, sent = Counter(), Counter(), Counter()
-    now = free = 0.0  # when the device, and the network, are done with what they were given
+    now, free = 0.0, Counter()  # when the device is done with what it was given, and the network, and the host's link
     done: dict[object, tuple[float, str]] = {}
     for number, instruction in enumerate(traced.program.instructions):
         if instruction.key not in known:
@@ -87,10 +92,11 @@ def predict(traced: Traced, pieces: Mapping[tuple, Kernels], hardware: Hardware)
                 now += seconds
                 busy[label] += seconds
             elif kind == "start":
-                free = max(free, now) + seconds
+                link = label == HOST
+                free[link] = max(free[link], now) + seconds
                 sent[label] += seconds
                 where = instruction.gives[0] if what is None else (number, what)
-                done[where] = free, label
+                done[where] = free[link], label
             else:  # what was kept from the forward may be waited for again, and is there
                 at, label = done.pop(instruction.takes[0] if what is None else (number, what), (now, ""))
                 exposed[label] += max(0.0, at - now)
@@ -111,18 +117,25 @@ def _events(traced: Traced, piece: Kernels, key: tuple, hardware: Hardware):
         elif is_start(node):
             span = traced.groups[node.args[-1]]
             yield "start", None if alone else node.name, seconds_of(node, span, hardware), "+".join(span.axes)
+        elif begins(node):
+            seconds = sum(storages(node).values()) / (hardware.host * hardware.links)
+            yield "start", None if alone else node.name, seconds, HOST
         elif node in of_node:
-            label, seconds = kernel_seconds(of_node[node], piece, hardware)
+            label, seconds = kernel_seconds(of_node[node], piece, hardware, traced.within)
             yield "kernel", None, seconds, label
 
 
-def kernel_seconds(kernel: Kernel, piece: Kernels, hardware: Hardware) -> tuple[str, float]:
-    """-> what bounds it, and how long it takes."""
+def kernel_seconds(
+    kernel: Kernel, piece: Kernels, hardware: Hardware, within: Mapping[int, float]
+) -> tuple[str, float]:  # fmt: skip
+    """-> what bounds it, and how long it takes. within: as in `Traced`."""
     moved = sum(piece.bytes[s] for s in {*kernel.reads, *kernel.makes}) / (hardware.bandwidth * hardware.moves)
     flops = node_flops(kernel.node)
     if not flops:
         return "memory", max(hardware.launch, moved)
     attention = "by_document" in str(kernel.node.target)
+    if attention and not kernel.node.args[-1]:  # what is not causal looks at all of its own item
+        flops *= 2 * within.get(kernel.node.args[-3].meta["val"].shape[1], 1.0)
     kind, part = ("attention", hardware.attention) if attention else ("products", hardware.matmul)
     computed = flops / (hardware.flops[_dtype(kernel.node)] * part)
     return (kind, max(hardware.launch, computed)) if computed >= moved else ("memory", max(hardware.launch, moved))

@@ -11,7 +11,8 @@ from torch import fx
 
 from .kernels import Kernel, Kernels, kernels
 from .memory import CATEGORIES, Peak, categories
-from .nodes import is_start, is_wait
+from .nodes import begins, is_start, is_wait
+from .offload import to_host
 from .program import Instruction, Program
 
 Workspace = Callable[[fx.Node], int]  # bytes that an operator takes for itself while it runs
@@ -28,17 +29,20 @@ class Moment(NamedTuple):
 class Timeline:
     """moments: one for each instruction of a program. pieces: what runs in each distinct one.
 
-    fuse, dear: as `kernels` takes them. workspace: what an operator takes for itself.
+    fuse, dear: as `kernels` takes them. workspace: what an operator takes for itself. host: whether what waits on the
+    host counts, as on a CPU.
     """
 
     def __init__(
         self, program: Program, roles: Sequence[str], fuse: bool, workspace: Workspace = lambda node: 0,
-        dear: Collection = (),
+        dear: Collection = (), host: bool = False,
     ):  # fmt: skip
         self.program, self.fuse, self.workspace = program, fuse, workspace
         self.pieces: dict[tuple, Kernels] = {
             key: kernels(module, fuse and not _alone(module), dear) for key, module in program.pieces.items()
         }
+        if not host:
+            self.pieces |= {key: _elsewhere(piece) for key, piece in self.pieces.items() if _sends_away(piece)}
         self._above: dict[tuple, int] = {}
         self.moments: list[Moment] = []
         self._walk(roles)
@@ -161,4 +165,13 @@ def _written_over(kernel: Kernel, ends: Sequence[int], piece: Kernels) -> int:
 
 def _alone(module: fx.GraphModule) -> bool:
     nodes = [n for n in module.graph.nodes if n.op == "call_function"]
-    return len(nodes) == 1 and (is_start(nodes[0]) or is_wait(nodes[0]))
+    return len(nodes) == 1 and (begins(nodes[0]) or is_wait(nodes[0]))
+
+
+def _sends_away(piece: Kernels) -> bool:
+    return any(kernel.node.target is to_host for kernel in piece.run)
+
+
+def _elsewhere(piece: Kernels) -> Kernels:
+    """A piece whose results are in the memory of another device."""
+    return piece._replace(bytes=dict(piece.bytes) | {s: 0 for kernel in piece.run for s in kernel.makes})

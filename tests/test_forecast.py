@@ -23,8 +23,9 @@ from ftrain.memory import measure
 from ftrain.mesh import Mesh
 from ftrain.model import find_model
 from ftrain.plan import find_plan
-from ftrain.planning import PlanConfig, as_json, candidates, command, forecast
+from ftrain.planning import Asked, PlanConfig, as_json, forecast
 from ftrain.roofline import find_hardware, predict
+from ftrain.search import candidates, command, estimate, of_depth
 from ftrain.state import init_state
 from ftrain.step import Recipe, make_train_step
 
@@ -36,7 +37,7 @@ H100 = find_hardware("h100-80gb")
 
 def foreseen(**flags):
     cfg = PlanConfig(MODEL, seq_len=64, batch_size=8, mesh=MeshConfig(2, 1, 2), remat="full", **flags)
-    return forecast(cfg, find_model(MODEL), find_plan(cfg.plan), H100)
+    return forecast(cfg, Asked(find_model(MODEL), find_plan(cfg.plan), H100))
 
 
 @pytest.mark.parametrize("remat", ["none", "selective", "full"])
@@ -113,10 +114,12 @@ def test_recomputation_costs_and_saves():
     assert full.timeline().peak().bytes < none.timeline().peak().bytes
 
 
-def test_groups_of_a_thousand_ranks():
-    """In copies: a tensor that does not divide by the ranks that cut it is assembled piece by piece, which takes long."""
-    found = trace(find_model(MODEL), find_plan("fsdp_sp_ep"), Mesh(2, 2, 8), Work(512, 64), replica=32)
-    assert {len(span.ranks) for span in found.groups.values()} >= {2, 8, 32, 1024}
+@pytest.mark.parametrize("mesh, replica", [(Mesh(2, 2, 8), 32), (Mesh(128, 2, 8), 1)])
+def test_groups_of_thousands_of_ranks(mesh, replica):
+    """Copies, and tensors that do not divide by the ranks that cut them."""
+    world = mesh.size * replica
+    found = trace(find_model(MODEL), find_plan("fsdp_sp_ep"), mesh, Work(world // 2, 64), replica=replica)
+    assert {len(span.ranks) for span in found.groups.values()} >= {mesh.sp, mesh.ep, world}
     assert all(found.groups[c.group].axes for c in found.program.collectives())
 
 
@@ -131,7 +134,8 @@ def test_groups_of_a_thousand_ranks():
         ("--seq-len 0 --mesh.fsdp 1", "--seq-len 0: must be at least 1"),
         ("--expert-imbalance 0 --mesh.fsdp 1", "--expert-imbalance 0"),
         ("--plan fsdb --mesh.fsdp 1", "fsdb"),
-        ("--model qwen2-vl-tiny --mesh.fsdp 1", "only text is forecast yet"),
+        ("--media 2 --mesh.fsdp 1", "--media 2.0: must be a part of a row"),
+        ("--model qwen2-vl-tiny --mesh.fsdp 1 --seq-len 8", "a row has 8: give a larger --seq-len"),
     ],
 )
 def test_bad_flags_are_named(flags, message, capsys, monkeypatch):
@@ -153,12 +157,51 @@ def test_hardware_of_ones_own(tmp_path):
 
 def test_search_runs_what_it_finds():
     tried = list(candidates(PlanConfig(MODEL), 4, experts=True))
+    assert {one.mesh.sp for one in candidates(PlanConfig(MODEL, batch_size=2), 4, experts=False)} == {2, 4}
     assert all(one.mesh.ep == 1 for one in candidates(PlanConfig(MODEL), 4, experts=False))
-    assert len({(one.mesh, one.remat) for one in tried}) == len(tried) == 2 * 6
+    assert len({(one.mesh, one.remat) for one in tried}) == len(tried) == 3 * 6
     found = foreseen()
     flags = command(found).split()[3:]
     cfg = config.parse(flags)
     assert (cfg.mesh.fsdp, cfg.mesh.ep, cfg.remat, cfg.batch_size) == (2, 2, "full", 8)
+
+
+def test_shallow_models_stand_for_deep_ones():
+    """The line through two of them is where the deep one is, in all that repeats."""
+    deep = find_model(dict(find_model(MODEL).hf, num_hidden_layers=12))
+    cfg = PlanConfig(MODEL, seq_len=256, batch_size=8, mesh=MeshConfig(2, 1, 2), remat="selective")
+    of = Asked(deep, find_plan(cfg.plan), H100)
+    full, seen = forecast(cfg, of), estimate(cfg, of)
+    assert seen.peak == pytest.approx(full.peak.bytes, rel=1e-3) and seen.peak <= full.peak.bytes * (1 + 1e-9)
+    assert seen.speed == pytest.approx(full.tokens_per_s, rel=1e-2)
+    assert of_depth(deep, 3).specs.keys() < deep.specs.keys()
+
+
+def test_layers_that_are_not_alike_are_not_extended():
+    kinds = ["full_attention"] * 8 + ["sliding_attention"] * 8
+    hf = dict(find_model("qwen2-tiny").hf, num_hidden_layers=16, layer_types=kinds, use_sliding_window=True)
+    assert of_depth(find_model(dict(hf, sliding_window=8)), 3) is None
+    assert of_depth(find_model(dict(find_model(MODEL).hf, num_hidden_layers=8, mlp_only_layers=[7])), 3) is None
+
+
+@pytest.mark.parametrize("model", ["qwen2-vl-tiny", "qwen3-omni-moe-tiny"])
+def test_models_that_take_more_than_text(model):
+    cfg = PlanConfig(model, seq_len=256, batch_size=4, mesh=MeshConfig(2, 2, 1))
+    of = Asked(find_model(model), find_plan(cfg.plan), H100)
+    half, little = forecast(cfg, of), forecast(replace(cfg, media=0.1), of)
+    assert half.flops > little.flops and half.peak.bytes > little.peak.bytes
+    assert half.mfu is None and "fsdp+sp" in half.collectives  # items go to any rank
+    assert "all_to_all_single" in half.collectives["fsdp+sp"]
+
+
+def test_what_waits_on_the_host_is_not_on_the_device():
+    def of(remat, on_a_cpu=False):
+        traced = trace(find_model(MODEL), find_plan("fsdp_sp_ep"), Mesh(2, 1, 1), Work(8, 512, remat=remat))
+        return traced.timeline(on_a_cpu).peak(), predict(traced, traced.timeline().pieces, H100)
+
+    (kept, _), (away, times), (on_cpu, _) = of("selective"), of("offload"), of("offload", on_a_cpu=True)
+    assert away.most["activations"] < kept.most["activations"] < on_cpu.most["activations"] * 1.5
+    assert away.bytes < kept.bytes and times.sent["host"] > 0
 
 
 def test_flops_are_the_programs(one_rank):

@@ -10,7 +10,7 @@ import tyro
 from ftrain.config import MeshConfig
 from ftrain.model import find_model
 from ftrain.plan import find_plan
-from ftrain.planning import PlanConfig, forecast
+from ftrain.planning import Asked, PlanConfig, forecast
 from ftrain.roofline import find_hardware
 
 # (tokens, sp) -> VeOmni's GB and tokens/s a GPU, torchtitan's; None: out of memory, "-": not measured.
@@ -29,7 +29,7 @@ EXPERTS = {  # Qwen3-30B-A3B, ep 8
 
 
 def main(models: list[str] = ["Qwen2-7B", "Qwen3-30B-A3B"], hardware: str = "h100-80gb", remat: str = "full") -> None:
-    machine, plan = find_hardware(hardware), find_plan("fsdp_sp_ep")
+    plan, machine = find_plan("fsdp_sp_ep"), find_hardware(hardware)
     print("| model | tokens | mesh | VeOmni GB | torchtitan GB | ftrain GB | VeOmni tokens/s | torchtitan | ftrain | s |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name in models:
@@ -39,7 +39,7 @@ def main(models: list[str] = ["Qwen2-7B", "Qwen3-30B-A3B"], hardware: str = "h10
             cells = ["OOM" if value is None else value for value in theirs]
             mesh = MeshConfig(128 // sp // ep, sp, ep)
             began = time.perf_counter()
-            found = forecast(PlanConfig(name, mesh=mesh, seq_len=length, remat=remat), model, plan, machine)
+            found = forecast(PlanConfig(name, mesh=mesh, seq_len=length, remat=remat), Asked(model, plan, machine))
             print(
                 f"| {name} | {length} | fsdp {mesh.fsdp}, sp {sp}, ep {ep} | {cells[0]} | {cells[2]} | "
                 f"{found.peak.bytes / 1e9:.2f} | {cells[1]} | {cells[3]} | {found.tokens_per_s:.0f} | "
