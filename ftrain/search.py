@@ -112,7 +112,10 @@ def of_depth(model: Model, layers: int) -> Model | None:
         return None
     per_layer = {key: value[:layers] for key, value in part.items() if key == "layer_types" and value}
     part |= {"num_hidden_layers": layers} | per_layer
-    shallow = find_model(dict(model.hf, **{inner: part}) if inner else part)
+    try:
+        shallow = find_model(dict(model.hf, **{inner: part}) if inner else part)
+    except ValueError:  # it says something of a layer that is no more
+        return None
     kinds: dict[str, set] = {}
     for name, spec in model.specs.items():
         group = group_key(name)

@@ -179,14 +179,14 @@ def test_shallow_models_stand_for_deep_ones():
 
 def test_layers_that_are_not_alike_are_not_extended():
     kinds = ["full_attention"] * 8 + ["sliding_attention"] * 8
-    hf = dict(find_model("qwen2-tiny").hf, num_hidden_layers=16, layer_types=kinds, use_sliding_window=True)
+    hf = dict(find_model("Qwen2-7B").hf, num_hidden_layers=16, layer_types=kinds, use_sliding_window=True)
     assert of_depth(find_model(dict(hf, sliding_window=8)), 3) is None
     assert of_depth(find_model(dict(find_model(MODEL).hf, num_hidden_layers=8, mlp_only_layers=[7])), 3) is None
 
 
 @pytest.mark.parametrize("model", ["qwen2-vl-tiny", "qwen3-omni-moe-tiny"])
 def test_models_that_take_more_than_text(model):
-    cfg = PlanConfig(model, seq_len=256, batch_size=4, mesh=MeshConfig(2, 2, 1))
+    cfg = PlanConfig(model, seq_len=1024, batch_size=4, mesh=MeshConfig(2, 2, 1))
     of = Asked(find_model(model), find_plan(cfg.plan), H100)
     half, little = forecast(cfg, of), forecast(replace(cfg, media=0.1), of)
     assert half.flops > little.flops and half.peak.bytes > little.peak.bytes
