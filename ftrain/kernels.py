@@ -4,7 +4,7 @@ Element-wise operators, and what only rearranges, are computed where their resul
 product's operand, of a reduction, of an output. What none of these asks for is never in memory.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -110,7 +110,43 @@ def kernels(module: fx.GraphModule, fuse: bool, dear: Collection = ()) -> Kernel
         stays = tuple(key for key in made if key in in_memory)
         if stays or mutates(node):
             run.append(Kernel(node, reads, stays, fuse and _fusible(node)))
-    return Kernels(run, size, inputs, outputs)
+    return Kernels(joined(run, outputs) if fuse else run, size, inputs, outputs)
+
+
+def joined(run: Sequence[Kernel], outputs: Collection[int | None]) -> list[Kernel]:
+    """Element-wise kernels of one size that read the same memory, or of which one reads what the other makes, as one: it
+    runs when the last could, and what is made from it after it, as inductor's scheduler has it. What only it reads is
+    not in memory."""
+    run = list(run)
+    at = 0
+    while at < len(run):
+        later = run[at]
+        for before in range(at) if later.fused else ():
+            first = run[before]
+            shared = later.reads & (first.reads | {*first.makes})
+            if not (first.fused and shared and _numel(first) == _numel(later)):
+                continue
+            waiting, made = [], set(first.makes)
+            for kernel in run[before + 1 : at]:
+                if kernel.reads & made:
+                    made |= {*kernel.makes}
+                    waiting.append(kernel)
+            if later.reads & (made - {*first.makes}):  # what it is made from is made between them
+                continue
+            ready = [kernel for kernel in run[before + 1 : at] if kernel not in waiting]
+            others = [*run[:before], *ready, *waiting, *run[at + 1 :]]
+            kept = {*outputs}.union(*(kernel.reads for kernel in others))
+            reads = (first.reads | later.reads) - {*first.makes}
+            both = Kernel(later.node, reads, tuple(s for s in first.makes if s in kept) + later.makes, True)
+            run[before : at + 1] = [*ready, both, *waiting]
+            at = before + len(ready) - 1  # it may be joined with others yet
+            break
+        at += 1
+    return run
+
+
+def _numel(kernel: Kernel) -> int:
+    return kernel.node.meta["val"].numel()
 
 
 def storages(node: fx.Node) -> dict[int, int]:

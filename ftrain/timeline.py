@@ -151,8 +151,9 @@ def most_above(piece: Kernels, dying: set[int], workspace: Workspace) -> int:
 
 
 def _written_over(kernel: Kernel, ends: Sequence[int], piece: Kernels) -> int:
-    """Bytes that need no memory of their own: an element-wise kernel writes over what it is the last to read."""
-    if not kernel.fused:
+    """Bytes that need no memory of their own: an element-wise kernel writes over what it is the last to read, unless it
+    has several results, for which it reads that."""
+    if not kernel.fused or len(kernel.makes) > 1:
         return 0
     free = [piece.bytes[s] for s in ends if s in kernel.reads]
     over = 0
