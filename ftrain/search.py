@@ -93,8 +93,7 @@ def estimate(cfg: PlanConfig, of: Asked) -> Estimate:
     layers = getattr(of.model.cfg, "layers", 0)
     shallow = [of_depth(of.model, n) for n in SHALLOW] if layers > max(SHALLOW) else [None]
     if None in shallow:
-        full = forecast(cfg, of)
-        return Estimate(full.peak.bytes, full.tokens_per_s)
+        return estimated(forecast(cfg, of))
     low, high = (forecast(cfg, of._replace(model=model)) for model in shallow)
 
     def at(a: float, b: float) -> float:
@@ -102,6 +101,10 @@ def estimate(cfg: PlanConfig, of: Asked) -> Estimate:
 
     seconds = at(low.times.step, high.times.step)
     return Estimate(at(low.peak.bytes, high.peak.bytes), high.tokens_per_s * high.times.step / seconds)
+
+
+def estimated(full: Forecast) -> Estimate:
+    return Estimate(full.peak.bytes, full.tokens_per_s)
 
 
 def of_depth(model: Model, layers: int) -> Model | None:
