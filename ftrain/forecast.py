@@ -20,6 +20,7 @@ from .flops import graph_flops
 from .items import in_rows_of
 from .job import Job, make_job
 from .kernels import DEAR
+from .layout import coordinate
 from .memory import ROLES
 from .mesh import Mesh
 from .model import Model
@@ -177,18 +178,10 @@ def spans(job: Job) -> dict[str, Span]:
     for group in dist.distributed_c10d._world.pg_names:
         name = group.group_name
         ranks = tuple(dist.get_process_group_ranks(group))
-        places = [_place(rank, mesh.shape) for rank in ranks]
+        places = [coordinate(rank, mesh.shape) for rank in ranks]
         axes = tuple(axis for i, axis in enumerate(mesh.mesh_dim_names) if len({place[i] for place in places}) > 1)
         found[name] = Span(axes, ranks)
     return found
-
-
-def _place(rank: int, shape: Sequence[int]) -> tuple[int, ...]:
-    at: list[int] = []
-    for size in reversed(shape):
-        rank, here = divmod(rank, size)
-        at.insert(0, here)
-    return tuple(at)
 
 
 def on_accelerator(node: fx.Node) -> int:

@@ -23,6 +23,15 @@ def chunk_lengths(length: int, n: int) -> list[int]:
     return [max(0, min(full, length - i * full)) for i in range(n)]
 
 
+def coordinate(rank: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Where a rank is on a mesh of `sizes`, whose ranks count row-major."""
+    at: list[int] = []
+    for size in reversed(sizes):
+        rank, here = divmod(rank, size)
+        at.insert(0, here)
+    return tuple(at)
+
+
 def shard_slices(
     shape: Sequence[int], placements: Sequence[Placement], sizes: Sequence[int], coordinate: Sequence[int]
 ) -> tuple[slice, ...]:
@@ -80,10 +89,7 @@ class Pieces:
 
     def shape_of(self, rank: int) -> tuple[int, ...]:
         """Of one rank's piece."""
-        at = []
-        for n in reversed(self.sizes):
-            rank, here = divmod(rank, n)
-            at.insert(0, here)
+        at = coordinate(rank, self.sizes)
         cut = shard_slices(self.shape, [Shard(dim) for dim in self.dims], self.sizes, at)
         return tuple(s.stop - s.start for s in cut)
 

@@ -158,7 +158,8 @@ def test_mistakes_are_named(here, right, wrong, words):
 
 
 def test_what_a_layer_declares_but_does_not_use_is_named(here, one_thread):
-    with pytest.raises(ValueError, match=r"encoders.series.layers: no block reads proj.bias, proj.weight, which the model declares"):
+    words = r"encoders.series.layers: no block reads proj.bias, proj.weight, which the model declares"
+    with pytest.raises(ValueError, match=words):
         differ(here, 'project(q, "proj", seen, ops)', "seen")
 
 
