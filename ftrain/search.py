@@ -1,12 +1,15 @@
 """`python -m ftrain plan --search`: which meshes of a world fit, and which of them is the fastest."""
 
 import json
+import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from itertools import product
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 from .config import PROGRAM, MeshConfig
@@ -14,9 +17,10 @@ from .model import Model, find_model
 from .parallel import group_key
 from .planning import Asked, Forecast, PlanConfig, as_json, asked, forecast, gb, sizes
 
-TRIED = ("none", "selective", "full")  # remat policies, the faster first
+REMATS = ("none", "selective", "full")  # the faster first
 SHALLOW = (3, 5)  # layers of the models that stand for a deep one
 SHOWN = 3
+WORKERS = 8  # at most: each is a process that traces steps, in 1 to 2 GB
 
 
 class Estimate(NamedTuple):
@@ -26,65 +30,109 @@ class Estimate(NamedTuple):
     speed: float
 
 
+class Tried(NamedTuple):
+    """A mesh with a remat policy: whether it fits, at what speed, and all that in words; `full`, as `planning.as_json`
+    has it with the `command` that runs it, where it was forecast in full."""
+
+    cfg: PlanConfig
+    fits: bool
+    speed: float
+    words: str
+    full: dict[str, Any] | None = None
+
+
 def main(cfg: PlanConfig) -> int:
     """The best meshes and remat policies for --world-size, and why others are not; 1 where none fits.
 
-    Each is estimated by the same model with few layers, and the best are then forecast in full. Raises ValueError as
-    `planning.asked`.
+    Each is estimated by the same model with few layers, and the best are then forecast in full; a CPU core takes one at
+    a time. Raises ValueError as `planning.asked`.
     """
     of = asked(cfg)
-    experts = any(spec.experts for spec in of.model.specs.values())
-    tried = list(candidates(cfg, cfg.world_size or sizes(cfg)[0].size * cfg.mesh.replica, experts))
-    began, estimates, why = time.perf_counter(), [], Counter()
-
-    def say(line: str) -> None:
-        print(f"{line}  ({time.perf_counter() - began:.0f} s)", file=sys.stderr, flush=True)
-
-    for number, one in enumerate(tried, 1):
-        if estimates and estimates[-1][1].mesh == one.mesh:
-            continue  # it fits, and recomputing more would be slower
-        try:
-            seen = estimate(one, of)
-        except ValueError as error:
-            why[str(error)] += 1
-            continue
-        words = f"{describe(one)}: {gb(seen.peak)}, {seen.speed:,.0f} tokens/s a rank"
-        if seen.peak <= of.hardware.memory:
-            estimates.append((seen, one))
-            say(f"{number}/{len(tried)}  {words}")
-        else:
-            say(f"{number}/{len(tried)}  {words}: does not fit")
-            why[f"{describe(one)}: {gb(seen.peak - of.hardware.memory)} too much"] += 1
-    found: list[Forecast] = []
-    for _, one in sorted(estimates, key=lambda e: -e[0].speed):
-        if len(found) == SHOWN:
-            break
-        full = forecast(one, of)
-        say(f"in full  {describe(one)}: {gb(full.peak.bytes)}, {full.tokens_per_s:,.0f} tokens/s a rank")
-        if full.fits(of.hardware):
-            found.append(full)
-        else:
-            why[f"{describe(one)}: {gb(full.peak.bytes - of.hardware.memory)} too much"] += 1
-    found.sort(key=lambda full: -full.tokens_per_s)
+    meshes = list(candidates(cfg, cfg.world_size or sizes(cfg)[0].size * cfg.mesh.replica, has_experts(of.model)))
+    found, tried = explore(meshes, say=progress())
     if cfg.json:
-        print(json.dumps([as_json(full, of.hardware) | {"command": command(full)} for full in found]))
+        print(json.dumps([one.full for one in found]))
     else:
-        for full in found:
-            print(f"{full.tokens_per_s:>8,.0f} tokens/s a rank  {gb(full.peak.bytes)}  {command(full)}")
-        for reason, n in why.most_common():
-            print(f"not: {reason}" + (f" ({n} times)" if n > 1 else ""))
-        if not found:
-            print(f"nothing fits {of.hardware.name}")
+        print("\n".join(lines(found, tried, of)))
     return 0 if found else 1
 
 
+def has_experts(model: Model) -> bool:
+    return any(spec.experts for spec in model.specs.values())
+
+
+def progress() -> Callable[[str], None]:
+    began = time.perf_counter()
+    return lambda words: print(f"{words}  ({time.perf_counter() - began:.0f} s)", file=sys.stderr, flush=True)
+
+
+def explore(meshes: Sequence[PlanConfig], say: Callable[[str], None]) -> tuple[list[Tried], list[Tried]]:
+    """The best that fit when forecast in full, the fastest first; and all that was tried."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ProcessPoolExecutor(max(1, min(len(meshes), WORKERS, cores)), mp_context=get_context("spawn")) as pool:
+        tried = each(pool, try_mesh, meshes, say)
+        fitting = sorted((one for one in tried if one.fits), key=lambda one: -one.speed)
+        found: list[Tried] = []
+        while fitting and len(found) < SHOWN:
+            n = SHOWN - len(found)
+            fulls = each(pool, in_full, [one.cfg for one in fitting[:n]], say)
+            tried += fulls
+            found += [one for one in fulls if one.fits]
+            fitting = fitting[n:]
+    return sorted(found, key=lambda one: -one.speed), tried
+
+
+def each(
+    pool: Executor, fn: Callable[[PlanConfig], list[Tried]], cfgs: Sequence[PlanConfig], say: Callable[[str], None]
+) -> list[Tried]:
+    """What `fn` gives for each, in their order; said as it is done. What one raises ends all."""
+    futures = [pool.submit(fn, cfg) for cfg in cfgs]
+    try:
+        for number, future in enumerate(as_completed(futures), 1):
+            say(f"{number}/{len(cfgs)}  {future.result()[-1].words}")
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    return [one for future in futures for one in future.result()]
+
+
+def try_mesh(cfg: PlanConfig) -> list[Tried]:
+    """An estimate of a mesh with one remat policy after another, until it fits: recomputing more would be slower."""
+    of = asked(cfg)
+    tried: list[Tried] = []
+    for remat in REMATS:
+        one = replace(cfg, remat=remat)
+        try:
+            seen = estimate(one, of)
+        except ValueError as error:
+            return tried + [Tried(one, False, 0.0, str(error))]
+        tried.append(judged(one, seen, of))
+        if tried[-1].fits:
+            break
+    return tried
+
+
+def in_full(cfg: PlanConfig) -> list[Tried]:
+    of = asked(cfg)
+    full = forecast(cfg, of)
+    seen = judged(cfg, Estimate(full.peak.bytes, full.tokens_per_s), of)
+    return [seen._replace(full=as_json(full, of.hardware) | {"command": command(full)})]
+
+
+def judged(cfg: PlanConfig, seen: Estimate, of: Asked) -> Tried:
+    much = seen.peak - of.hardware.memory
+    words = f"fsdp {cfg.mesh.fsdp}, sp {cfg.mesh.sp}, ep {cfg.mesh.ep}, remat {cfg.remat}: {gb(seen.peak).strip()}, "
+    words += f"{gb(much).strip()} too much" if much > 0 else f"{seen.speed:,.0f} tokens/s a rank"
+    return Tried(cfg, much <= 0, seen.speed, words)
+
+
 def candidates(cfg: PlanConfig, world: int, experts: bool) -> Iterator[PlanConfig]:
-    """Powers of two, and what is left for fsdp; ep where there are experts; remat from the fastest on. Where the batch
-    is given, those that leave no rank without a row."""
+    """Powers of two, and what is left for fsdp; ep where there are experts. Where the batch is given, those that leave
+    no rank without a row."""
     powers = [2**i for i in range(world.bit_length()) if world % 2**i == 0 and 2**i <= 64]
-    for sp, ep, remat in product(powers, powers if experts else [1], TRIED):
+    for sp, ep in product(powers, powers if experts else [1]):
         if world % (sp * ep) == 0 and (cfg.batch_size is None or world // sp * cfg.accumulate <= cfg.batch_size):
-            yield replace(cfg, mesh=MeshConfig(world // (sp * ep), sp, ep), remat=remat, search=False)
+            yield replace(cfg, mesh=MeshConfig(world // (sp * ep), sp, ep), search=False)
 
 
 def estimate(cfg: PlanConfig, of: Asked) -> Estimate:
@@ -93,7 +141,8 @@ def estimate(cfg: PlanConfig, of: Asked) -> Estimate:
     layers = getattr(of.model.cfg, "layers", 0)
     shallow = [of_depth(of.model, n) for n in SHALLOW] if layers > max(SHALLOW) else [None]
     if None in shallow:
-        return estimated(forecast(cfg, of))
+        full = forecast(cfg, of)
+        return Estimate(full.peak.bytes, full.tokens_per_s)
     low, high = (forecast(cfg, of._replace(model=model)) for model in shallow)
 
     def at(a: float, b: float) -> float:
@@ -101,10 +150,6 @@ def estimate(cfg: PlanConfig, of: Asked) -> Estimate:
 
     seconds = at(low.times.step, high.times.step)
     return Estimate(at(low.peak.bytes, high.peak.bytes), high.tokens_per_s * high.times.step / seconds)
-
-
-def estimated(full: Forecast) -> Estimate:
-    return Estimate(full.peak.bytes, full.tokens_per_s)
 
 
 def of_depth(model: Model, layers: int) -> Model | None:
@@ -132,8 +177,13 @@ def of_depth(model: Model, layers: int) -> Model | None:
 # --- What is said
 
 
-def describe(cfg: PlanConfig) -> str:
-    return f"fsdp {cfg.mesh.fsdp}, sp {cfg.mesh.sp}, ep {cfg.mesh.ep}, remat {cfg.remat}"
+def lines(found: Sequence[Tried], tried: Sequence[Tried], of: Asked) -> Iterator[str]:
+    for one in found:
+        yield f"{one.speed:>8,.0f} tokens/s a rank  {gb(one.full['peak_bytes'])}  {one.full['command']}"
+    for reason, n in Counter(one.words for one in tried if not one.fits).most_common():
+        yield f"not: {reason}" + (f" ({n} times)" if n > 1 else "")
+    if not found:
+        yield f"nothing fits {of.hardware.name}"
 
 
 def command(found: Forecast) -> str:

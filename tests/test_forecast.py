@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -23,10 +23,10 @@ from ftrain.memory import measure
 from ftrain.mesh import Mesh
 from ftrain.model import find_model
 from ftrain.plan import find_plan
-from ftrain.planning import Asked, PlanConfig, as_json, forecast
+from ftrain.planning import Asked, PlanConfig, as_json, asked, forecast
 from ftrain.program import DECOMPOSED
 from ftrain.roofline import find_hardware, predict
-from ftrain.search import candidates, command, estimate, of_depth
+from ftrain.search import candidates, command, estimate, explore, lines, of_depth
 from ftrain.state import init_state
 from ftrain.step import Recipe, make_train_step
 
@@ -167,11 +167,30 @@ def test_search_runs_what_it_finds():
     tried = list(candidates(PlanConfig(MODEL), 4, experts=True))
     assert {one.mesh.sp for one in candidates(PlanConfig(MODEL, batch_size=2), 4, experts=False)} == {2, 4}
     assert all(one.mesh.ep == 1 for one in candidates(PlanConfig(MODEL), 4, experts=False))
-    assert len({(one.mesh, one.remat) for one in tried}) == len(tried) == 3 * 6
+    assert len({one.mesh for one in tried}) == len(tried) == 6
     found = foreseen()
     flags = command(found).split()[3:]
     cfg = config.parse(flags)
     assert (cfg.mesh.fsdp, cfg.mesh.ep, cfg.remat, cfg.batch_size) == (2, 2, "full", 8)
+
+
+@pytest.mark.slow
+def test_search_finds_the_fastest_that_fits(tmp_path):
+    """In processes of its own; what does not fit, or is refused, is said."""
+    hf = dict(find_model(MODEL).hf, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    cfg = PlanConfig(str(tmp_path), seq_len=512, batch_size=8, world_size=4)
+    meshes = [one for one in candidates(cfg, 4, experts=False) if one.mesh.fsdp != 2]
+    peak = forecast(replace(meshes[0], remat="none"), asked(cfg)).peak.bytes
+    machine = {k: v for k, v in asdict(H100).items() if k != "name"} | {"memory": peak - 1}
+    (tmp_path / "small.json").write_text(json.dumps(machine))
+    said = []
+    found, tried = explore([replace(c, hardware=str(tmp_path / "small.json")) for c in meshes], said.append)
+    assert [one.cfg.mesh.fsdp for one in found] == [4] and found[0].cfg.remat in ("selective", "full")
+    assert found[0].full["fits"] and found[0].full["peak_bytes"] < peak
+    shown = "\n".join(lines(found, tried, asked(cfg)))
+    assert found[0].full["command"] in shown and "remat none" in shown and "too much" in shown
+    assert "2 attention heads are not divisible by sp 4" in shown and len(said) == len(meshes) + len(found)
 
 
 def test_shallow_models_stand_for_deep_ones():
