@@ -2,7 +2,7 @@
 
     OUT/checkpoints/step-N/
         config.json, tokenizer files, model-*.safetensors, model.safetensors.index.json
-        train_state/mu-*.safetensors, nu-*.safetensors and their indices
+        train_state/mu-*.safetensors, nu-*.safetensors and their indices; of optax, optax.*.safetensors
         train_state/train_state.json    step, data position, random state and what the caller adds
         train_state/manifest.json       size and crc32 of every file that `restore` reads
 
@@ -34,12 +34,12 @@ from .disk import (
 from .layout import Placements
 from .model import Model
 from .moments import write_
+from .optim import Optimizer
 from .pretrained import FILE_BYTES, hf_config
 from .safetensors_io import Layout, make_header, make_index, read_values, stem_for, write_file
-from .specs import ParamSpec, Specs, stored, to_stored, trainable
+from .specs import ParamSpec, Specs, stored, to_stored, trainable, zeros
 from .state import State, gather_to, make_state, own_slices
 
-_KINDS = ("model", "mu", "nu")
 _MESSAGE = 2048  # bytes of an error message sent to the other ranks
 
 T = TypeVar("T")
@@ -94,17 +94,31 @@ class File(NamedTuple):
         return {name: (torch.float32, shape) for name, shape in stored(self.specs).items()}
 
 
-def kinds(specs: Specs) -> dict[str, dict[str, ParamSpec]]:
-    """What a checkpoint holds: the parameters in Hugging Face's names, the moments in our own, experts stacked."""
+def kinds(specs: Specs, kept: str | Optimizer = "fp32") -> dict[str, dict[str, ParamSpec]]:
+    """What a checkpoint holds: the parameters in Hugging Face's names, what the optimizer keeps in our own, experts
+    stacked. kept: as of `make_state`."""
+    if not isinstance(kept, str):
+        return {"model": dict(specs)} | {kind: dict(of) for kind, of in kept.kinds(specs).items()}
     stacked = {name: replace(spec, parts=(), within=None) for name, spec in trainable(specs).items()}
     return {"model": dict(specs), "mu": stacked, "nu": stacked}
 
 
-def share_out(specs: Specs, ranks: int, file_bytes: int = FILE_BYTES, stem: str = "model") -> list[File]:
+def kinds_of(state: State, specs: Specs) -> dict[str, dict[str, ParamSpec]]:
+    """`kinds`, of what a state has."""
+    if not state.extra:
+        return kinds(specs)
+    return {"model": dict(specs)} | {
+        kind: {name: ParamSpec(tuple(t.shape), zeros) for name, t in of.items()} for kind, of in state.extra.items()
+    }
+
+
+def share_out(
+    of_kinds: Mapping[str, Specs], ranks: int, file_bytes: int = FILE_BYTES, stem: str = "model"
+) -> list[File]:  # fmt: skip
     """The files of a checkpoint. Of each kind of tensor every rank writes about as many bytes,
     neighbours in the model together."""
     files = []
-    for kind, of_kind in kinds(specs).items():
+    for kind, of_kind in of_kinds.items():
         total, before, size = sum(spec.numel for spec in of_kind.values()), 0, 0
         groups: list[tuple[int, dict[str, ParamSpec]]] = []
         for name, spec in of_kind.items():
@@ -141,7 +155,8 @@ def save(
     step = int(state.step)
     directory = Path(out) / CHECKPOINTS
     stem = stem_for(model.hf)
-    files = share_out(model.specs, ranks, file_bytes, stem)
+    of_kinds = kinds_of(state, model.specs)
+    files = share_out(of_kinds, ranks, file_bytes, stem)
     sizes = {file.path: make_header(file.layout)[1] for file in files}
     token = sum_over_ranks(mesh, [secrets.randbits(32) if rank == 0 else 0])[0]
     tmp, target = (directory / f"step-{step}{suffix}" for suffix in (f".tmp-{token:08x}", ""))
@@ -155,7 +170,7 @@ def save(
         write_json(tmp / "config.json", hf_config(model.hf, torch.float32))
         if tokenizer is not None:
             tokenizer(tmp)
-        for kind in _KINDS:
+        for kind in of_kinds:
             of_kind = [tmp / file.path for file in files if file.kind == kind]
             layouts = {Path(file.path).name: file.layout for file in files if file.kind == kind}
             index = f"{stem if kind == 'model' else kind}.safetensors.index.json"
@@ -210,7 +225,7 @@ def write_share(tmp: Path, state: State, files: list[File], rank: int) -> dict[s
             for _ in tensors:  # after a failure the gathers go on, since other ranks take part in them
                 pass
 
-    held = {"model": state.params, "mu": state.mu, "nu": state.nu}
+    held = {"model": state.params, "mu": state.mu, "nu": state.nu, **state.extra}
     turns: dict[int, list[tuple[File, str]]] = {}
     for file in files:
         turns.setdefault(file.rank, []).extend((file, name) for name in file.specs)
@@ -232,7 +247,7 @@ def write_share(tmp: Path, state: State, files: list[File], rank: int) -> dict[s
 
 
 def restore(
-    directory: str | os.PathLike, specs: Specs, placements: Placements, mesh: DeviceMesh, kept: str = "fp32"
+    directory: str | os.PathLike, specs: Specs, placements: Placements, mesh: DeviceMesh, kept: str | Optimizer = "fp32"
 ) -> tuple[State, dict[str, Any]]:
     """A checkpoint -> the state, bit by bit, on any mesh, and the meta that was saved with it.
 
@@ -249,16 +264,24 @@ def restore(
     all_or_none(mesh, lambda: verify(directory, checks, mine), Corrupt)
 
     def read() -> tuple[State, dict[str, Any]]:
+        of_kinds = kinds(specs, kept)
+        for kind in of_kinds:
+            if kind != "model" and not (directory / TRAIN_STATE / f"{kind}.safetensors.index.json").is_file():
+                raise ValueError(
+                    f"{directory} holds no {kind}: another --optimizer wrote it; go on with that, or begin a new run with "
+                    f"its weights (--init {directory} and another --out)"
+                )
         values = {
             kind: read_values(directory if kind == "model" else directory / TRAIN_STATE, of_kind, kind)
-            for kind, of_kind in kinds(specs).items()
+            for kind, of_kind in of_kinds.items()
         }
         meta = read_json(directory / TRAIN_STATE / "train_state.json")
         state = make_state(specs, placements, mesh, values["model"], kept)
-        for kind, moments in (("mu", state.mu), ("nu", state.nu)):
-            for name, spec in kinds(specs)[kind].items():
-                piece = values[kind](name, spec, own_slices(spec.shape, placements[name], mesh))
-                write_(moments[name].to_local(), piece)
+        for kind, moments in {"mu": state.mu, "nu": state.nu, **state.extra}.items():
+            for name, moment in moments.items():
+                spec = of_kinds[kind][name]
+                piece = values[kind](name, spec, own_slices(spec.shape, moment.placements, mesh))
+                write_(moment.to_local(), piece)
         state.step.fill_(meta["step"])
         return state, meta
 
@@ -266,7 +289,7 @@ def restore(
 
 
 def resume(
-    out: str | os.PathLike, specs: Specs, placements: Placements, mesh: DeviceMesh, kept: str = "fp32",
+    out: str | os.PathLike, specs: Specs, placements: Placements, mesh: DeviceMesh, kept: str | Optimizer = "fp32",
     warn: Callable[[str], None] = warnings.warn,
 ) -> tuple[State, dict[str, Any], Path]:  # fmt: skip
     """The newest whole checkpoint of a run directory: (state, meta, its directory); random states are set.

@@ -113,8 +113,11 @@ class Compute:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW, and the weights of the losses beside the language model's."""
+    """AdamW or another, and the weights of the losses beside the language model's."""
 
+    optimizer: Annotated[str, tyro.conf.arg(prefix_name=False, metavar="adamw|optax:NAME|optax:FILE.py:FUNCTION")] = "adamw"
+    """adamw; or a transformation of JAX's optax, by its name there or from a function (specs -> transformation) in a file
+    (pip install 'ftrain[jax]'). The learning rate and the clipping are ours all the same."""
     lr: Flat[float] = 1e-3
     """Peak learning rate."""
     beta1: Flat[float] = 0.9
@@ -343,6 +346,10 @@ def validate(cfg: TrainConfig) -> None:
     if cfg.recipe is not None:
         recipes.file(cfg.recipe)
     factors(cfg.lr_factor)
+    if cfg.optimizer != "adamw" and not cfg.optimizer.startswith("optax:"):
+        raise ValueError(f"--optimizer {cfg.optimizer}: must be adamw, optax:NAME or optax:FILE.py:FUNCTION")
+    if cfg.optimizer != "adamw" and importlib.util.find_spec("optax") is None:
+        raise ValueError(f"--optimizer {cfg.optimizer}: needs JAX and optax (pip install 'ftrain[jax]')")
     if cfg.resume not in ("auto", "never") and not Path(cfg.resume).is_dir():
         raise FileNotFoundError(f"--resume {cfg.resume}: must be auto, never, or the directory of a checkpoint")
     if cfg.track == "wandb":

@@ -20,7 +20,7 @@ from .items import Packing
 from .job import Job
 from .launch import Process
 from .model import Model
-from .optim import AdamW, Schedule
+from .optim import AdamW, Optimizer, Schedule
 from .precision import compute_dtype
 from .pretrained import hf_config
 from .recipes import Run
@@ -50,7 +50,7 @@ class Diverged(ValueError):
 
 def loop(
     cfg: TrainConfig, process: Process, job: Job, state: State, data: Data, position: int,
-    con: Console, log: Log, recipe: ModuleType | None,
+    con: Console, log: Log, recipe: ModuleType | None, optimizer: Optimizer | None,
 ) -> None:  # fmt: skip
     """The steps from the state's to cfg.steps, with their measurements and checkpoints."""
     first = int(state.step)
@@ -62,7 +62,7 @@ def loop(
         )
         return
     train_step = make_train_step(
-        job.model, job.sharding, job.ops, _recipe(cfg, job.model), cfg.compile, cfg.accumulate
+        job.model, job.sharding, job.ops, _recipe(cfg, job.model, optimizer), cfg.compile, cfg.accumulate
     )
     # Not compiled: run so seldom, a second graph would cost more time than it saves.
     eval_step = make_eval_step(job.model, job.sharding, job.ops, "off")
@@ -214,7 +214,7 @@ def _save(cfg: TrainConfig, job: Job, state: State, data: Data, sequences: int) 
     """A checkpoint of the state, after so many sequences."""
     meta = {
         "sequences": sequences, "seq_len": cfg.seq_len, "seed": cfg.seed, "data": data.digest,
-        "optimizer_state": cfg.optimizer_state, "model": cfg.model, "plan": cfg.plan, "mesh": dict(job.mesh._asdict()),
+        "optimizer": cfg.optimizer, "optimizer_state": cfg.optimizer_state, "model": cfg.model, "plan": cfg.plan, "mesh": dict(job.mesh._asdict()),
     }  # fmt: skip
     checkpoint.save(cfg.out, state, job.model, meta, data.save, keep=cfg.keep)
 
@@ -229,13 +229,13 @@ def _diverged(step: int, values: dict[str, float], out: str) -> Diverged:
     )
 
 
-def _recipe(cfg: TrainConfig, model: Model) -> Recipe:
+def _recipe(cfg: TrainConfig, model: Model, optimizer: Optimizer | None) -> Recipe:
     aux = cfg.router_aux_loss
     if aux is None:
         aux = getattr(model.cfg, "balance", 0.0)
     adam = AdamW(cfg.lr, cfg.beta1, cfg.beta2, cfg.eps, cfg.weight_decay, cfg.clip)
     schedule = Schedule(cfg.steps, cfg.schedule, cfg.warmup, cfg.min_lr_ratio, cfg.decay)
-    return Recipe(adam, schedule, router_aux=aux, router_z=cfg.router_z_loss)
+    return Recipe(adam, schedule, router_aux=aux, router_z=cfg.router_z_loss, optimizer=optimizer)
 
 
 def _numbers(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from .schedule import base, is_region
 from .state import State
 
 # Of the step's arguments (step.py); all others are the batch and numbers.
-ROLES = {"params": "parameters", "mu": "optimizer", "nu": "optimizer", "total": "gradients"}
+ROLES = {"params": "parameters", "mu": "optimizer", "nu": "optimizer", "extra": "optimizer", "total": "gradients"}
 CATEGORIES = (
     "parameters", "optimizer", "gradients", "batch", "gathered weights", "activations", "logits and loss", "temporary",
 )  # fmt: skip

@@ -1,8 +1,10 @@
-"""AdamW and learning-rate schedules, as functions of tensors: they trace into the train step."""
+"""AdamW and learning-rate schedules, as functions of tensors: they trace into the train step. What stands for another
+optimizer."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +28,21 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
+
+
+class Optimizer(NamedTuple):
+    """What is done with clipped gradients in place of AdamW, as functions; `interop.from_optax` makes one of optax.
+
+    kinds: specs -> kind -> name -> spec of each tensor that it keeps. What has a parameter's name has its shape and its
+    placements, all else is whole on every rank.
+    init: (specs, this rank's params by name) -> kind -> name -> what is kept at first of these.
+    update_: (lr, specs, params, grads, kept, scale, apply): params and what is kept are updated in place by the
+    gradients over `scale`, or left as they are unless `apply`. lr, scale and apply are 0-dim tensors.
+    """
+
+    kinds: Callable[[Specs], Mapping[str, Specs]]
+    init: Callable[[Specs, Mapping[str, Tensor]], Mapping[str, Mapping[str, Tensor]]]
+    update_: Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -136,6 +153,11 @@ def _(params, grads, mu, nu, mu_scales, nu_scales, *numbers):
     return None
 
 
+def clipping(norm: Tensor, clip: float) -> Tensor:
+    """What gradients of this global norm are divided by: max(1, norm / clip), as torch's clip_grad_norm_ has it."""
+    return ((norm + 1e-6) / clip).clamp(min=1.0)
+
+
 def update_(
     adam: AdamW, lr: Tensor, specs: Specs, params: Mapping[str, Tensor], grads: Mapping[str, Tensor],
     mu: Mapping[str, Moment], nu: Mapping[str, Moment], step: Tensor, norm: Tensor, apply: Tensor,
@@ -146,9 +168,7 @@ def update_(
     name, params and grads fp32; step: updates done before this one, norm: the gradients' global norm, apply: bool;
     0-dim. The gradients' own storage is used up.
     """
-    # The kernel divides gradients by `scale`: clipping is max(1, norm / clip), as torch's clip_grad_norm_ has it.
-    scale = ((norm + 1e-6) / adam.clip).clamp(min=1.0)
-    numbers = (step + 1).float(), lr, scale, (~apply).float(), adam.beta1, adam.beta2, adam.weight_decay, adam.eps
+    numbers = (step + 1).float(), lr, clipping(norm, adam.clip), (~apply).float(), adam.beta1, adam.beta2, adam.weight_decay, adam.eps
 
     def given(names: list[str], *kept: list[Tensor]) -> tuple[list, ...]:
         of_names = [specs[name] for name in names]

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .disk import MANIFEST, no_room, read_json, read_manifest, swap_in, verify, write_json
 from .layout import Placements
 from .model import Model, find_model
+from .optim import Optimizer
 from .safetensors_io import (
     DTYPES, Entry, Layout, check_names, make_header, make_index, read_index, read_values, stem_for, values_from, write_file,
 )  # fmt: skip
@@ -44,7 +45,7 @@ def load_pretrained(directory: str | os.PathLike) -> tuple[Model, dict[str, Tens
 
 
 def init_from(
-    directory: str | os.PathLike, model: Model, placements: Placements, mesh: DeviceMesh, kept: str = "fp32"
+    directory: str | os.PathLike, model: Model, placements: Placements, mesh: DeviceMesh, kept: str | Optimizer = "fp32"
 ) -> State:
     """A state at step 0 with a directory's weights; each rank reads its own slices. kept: as `make_state`.
 
@@ -54,7 +55,7 @@ def init_from(
 
 
 def init_from_sources(
-    model: Model, placements: Placements, mesh: DeviceMesh, seed: int, kept: str = "fp32"
+    model: Model, placements: Placements, mesh: DeviceMesh, seed: int, kept: str | Optimizer = "fp32"
 ) -> State:
     """A state at step 0: the parameters of `model.sources` with the weights of their directories, the others random.
     kept: as `make_state`.

@@ -8,23 +8,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement, Shard
 
 from .collectives import Group, all_gather, all_to_all, group_over
 from .layout import Pieces, Placements, shard_slices
 from .moments import Coded, blocks, dtypes, read
+from .optim import Optimizer
 from .specs import ParamSpec, Specs, trainable
 
 
 class State(NamedTuple):
     """params, mu, nu: name -> fp32 DTensor (AdamW's moments carry the parameter's placements; what is frozen has none).
-    Moments may be kept in less than fp32: `ftrain.moments`. step: updates done, a 0-dim int64 tensor."""
+    Moments may be kept in less than fp32: `ftrain.moments`. step: updates done, a 0-dim int64 tensor. extra: what another
+    optimizer keeps, kind -> name -> DTensor; mu and nu are empty then."""
 
     params: dict[str, DTensor]
     mu: dict[str, DTensor | Coded]
     nu: dict[str, DTensor | Coded]
     step: Tensor
+    extra: dict[str, dict[str, DTensor]] = {}  # of the one who has none, and nobody writes to
 
 
 def place(piece: Tensor, shape: tuple[int, ...], placements: tuple[Placement, ...], mesh: DeviceMesh) -> DTensor:
@@ -89,11 +92,11 @@ def make_state(
     placements: Placements,
     mesh: DeviceMesh,
     values: Callable[[str, ParamSpec, tuple[slice, ...]], Tensor],
-    kept: str = "fp32",
+    kept: str | Optimizer = "fp32",
 ) -> State:
     """A state at step 0. `values(name, spec, slices)` gives this rank's piece of each parameter.
 
-    kept: how the moments are, one of `moments.KEPT`; ValueError for another.
+    kept: how the moments are, one of `moments.KEPT` (ValueError for another); or the optimizer that keeps others.
     """
     device = torch.device(mesh.device_type)
     params = {}
@@ -106,7 +109,16 @@ def make_state(
     def zeros(which: int) -> dict[str, DTensor | Coded]:
         return {name: _zeros(params[name], dtypes(kept, spec.numel)[which]) for name, spec in trainable(specs).items()}
 
-    return State(params, zeros(0), zeros(1), torch.zeros((), dtype=torch.int64, device=device))
+    step = torch.zeros((), dtype=torch.int64, device=device)
+    if isinstance(kept, str):
+        return State(params, zeros(0), zeros(1), step)
+    first, of = kept.init(specs, {name: param.to_local() for name, param in params.items()}), kept.kinds(specs)
+    whole_everywhere = (Replicate(),) * mesh.ndim
+    extra = {
+        kind: {n: place(t, of[kind][n].shape, placements.get(n, whole_everywhere), mesh) for n, t in tensors.items()}
+        for kind, tensors in first.items()
+    }
+    return State(params, {}, {}, step, extra)
 
 
 def _zeros(param: DTensor, dtype: torch.dtype) -> DTensor | Coded:
@@ -123,6 +135,6 @@ def _zeros(param: DTensor, dtype: torch.dtype) -> DTensor | Coded:
     return Coded(kept, place(torch.zeros(n, device=param.to_local().device), (n * ranks,), cut, mesh))
 
 
-def init_state(specs: Specs, placements: Placements, mesh: DeviceMesh, seed: int, kept: str = "fp32") -> State:
+def init_state(specs: Specs, placements: Placements, mesh: DeviceMesh, seed: int, kept: str | Optimizer = "fp32") -> State:
     """Random initial parameters, the same on every mesh. Holds one whole parameter at a time. kept: as `make_state`."""
     return make_state(specs, placements, mesh, lambda name, spec, slices: initial(name, spec, seed)[slices], kept)

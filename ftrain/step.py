@@ -14,7 +14,7 @@ from .graph import one_graph
 from .loss import cross_entropy, load_balance, router_z
 from .model import Model
 from .ops import Ops, Output
-from .optim import AdamW, Schedule, sum_of_squares, update_
+from .optim import AdamW, Optimizer, Schedule, clipping, sum_of_squares, update_
 from .parallel import Gathered, Sharding
 from .specs import trainable
 from .state import State, place
@@ -22,12 +22,14 @@ from .state import State, place
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is minimised, and how. router_aux, router_z: coefficients of the router's losses."""
+    """What is minimised, and how. router_aux, router_z: coefficients of the router's losses. optimizer: what takes the
+    place of AdamW, of which `lr` and `clip` hold still."""
 
     adam: AdamW = AdamW()
     schedule: Schedule = Schedule(steps=1000)
     router_aux: float = 0.0
     router_z: float = 0.0
+    optimizer: Optimizer | None = None
 
 
 def local(tensors: Mapping[str, DTensor]) -> dict[str, Tensor]:
@@ -145,7 +147,7 @@ def make_train_step(
     if not trained:
         raise ValueError("every parameter is frozen: there is nothing to train")
 
-    def graph(params, mu, nu, total, step, batch, totals, last, so_far):
+    def graph(params, mu, nu, extra, total, step, batch, totals, last, so_far):
         grads, parts, routed = gradients(model, sharding, ops, recipe, params, batch, totals)
         if accumulate > 1:
             torch._foreach_add_([total[name] for name in grads], list(grads.values()))
@@ -156,7 +158,10 @@ def make_train_step(
         apply = finite & last
         lr = adam.lr * recipe.schedule(step)
         with torch.no_grad():
-            update_(adam, lr, model.specs, params, grads, mu, nu, step, norm, apply)
+            if recipe.optimizer is None:
+                update_(adam, lr, model.specs, params, grads, mu, nu, step, norm, apply)
+            else:
+                recipe.optimizer.update_(lr, model.specs, params, grads, extra, clipping(norm, adam.clip), apply)
             step.add_(apply.to(step.dtype))
         metrics = sums | {"grad_norm": norm, "lr": lr, "finite": finite}
         return metrics if routed is None else metrics | {"expert_counts": routed}
@@ -174,6 +179,7 @@ def make_train_step(
         if len(batches) != accumulate:
             raise ValueError(f"the step was made for {accumulate} microbatches, but was given {len(batches)}")
         params, mu, nu = local(state.params), local(state.mu), local(state.nu)
+        extra = {kind: local(of) for kind, of in state.extra.items()}
         if accumulate > 1 and not buffers:
             buffers.update({name: torch.zeros_like(params[name]) for name in trained})
         device = state.step.device
@@ -187,7 +193,7 @@ def make_train_step(
             torch._foreach_zero_(list(buffers.values()))
         for i, batch in enumerate(batches):
             last = constant("last", i == accumulate - 1, device)
-            yield params, mu, nu, buffers, state.step, dict(batch), totals, last, so_far
+            yield params, mu, nu, extra, buffers, state.step, dict(batch), totals, last, so_far
 
     def train_step(state: State, batches: Sequence[Mapping[str, Tensor]], so_far: Tensor | None = None):
         seen = [run(*args) for args in arguments(state, batches, so_far)]

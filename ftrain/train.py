@@ -24,6 +24,7 @@ from .loop import loop
 from .mesh import resolve
 from .model import Model, find_model, has_weights, param_counts
 from .moments import size
+from .optim import Optimizer
 from .plan import find_plan
 from .precision import by_layer, fp8_report
 from .pretrained import init_from, init_from_sources
@@ -62,6 +63,12 @@ def _run(cfg: TrainConfig, process: launch.Process, con: Console) -> None:
         model, find_plan(cfg.plan), mesh, cfg.mesh.replica,
         device_type=process.device.type, precision=cfg.precision, remat=cfg.remat, fp8_all_gather=cfg.fp8_all_gather,
     )  # fmt: skip
+    optimizer = None
+    if cfg.optimizer != "adamw":
+        from .interop.optimizer import find_optimizer
+
+        optimizer, words = find_optimizer(cfg, model.specs)
+        con.info(f"optimizer: {words}")
     directories = (cfg.tokenizer, cfg.init, which, model.hf.get("weights"))
     source = next((Path(d) for d in directories if isinstance(d, str) and Path(d).is_dir()), None)
     weights = cfg.init or (which if isinstance(which, str) and has_weights(which) else None)
@@ -69,7 +76,7 @@ def _run(cfg: TrainConfig, process: launch.Process, con: Console) -> None:
     with con.phase("reading the data"):
         data = _same_on_all(partial(_data, cfg, model, source, recipe), process.local_rank)
     with con.phase("loading the parameters" if weights or model.sources else "initialising the parameters"):
-        state, position, resumed = _start(cfg, job, weights, data.digest, con)
+        state, position, resumed = _start(cfg, job, weights, optimizer, data.digest, con)
     if cfg.overwrite:  # only now: a mistake above costs nothing, and the weights may come from there
         dist.barrier()
         if process.rank == 0:
@@ -78,7 +85,7 @@ def _run(cfg: TrainConfig, process: launch.Process, con: Console) -> None:
     opened = records.open_records(cfg, resumed, con.warn) if process.rank == 0 else None
     log = opened.log if opened else lambda step, **values: None
     try:
-        loop(cfg, process, job, state, data, position, con, log, recipe)
+        loop(cfg, process, job, state, data, position, con, log, recipe, optimizer)
     finally:
         if opened:
             opened.close()
@@ -137,10 +144,11 @@ def _data(cfg: TrainConfig, model: Model, source: Path | None, recipe: ModuleTyp
 
 
 def _start(
-    cfg: TrainConfig, job: Job, weights: str | None, digest: str, con: Console
+    cfg: TrainConfig, job: Job, weights: str | None, optimizer: Optimizer | None, digest: str, con: Console
 ) -> tuple[State, int, int | None]:
     """-> the state, the position in the data, and the step resumed from (None: a new run)."""
-    specs, placements, mesh, kept = job.model.specs, job.placements, job.device_mesh, cfg.optimizer_state
+    specs, placements, mesh = job.model.specs, job.placements, job.device_mesh
+    kept = optimizer or cfg.optimizer_state
     if cfg.resume != "never" and not (cfg.resume == "auto" and cfg.overwrite):
         _check_frozen(specs, Path(cfg.resume) if cfg.resume != "auto" else next(iter(checkpoint.latest(cfg.out)), None))
     if cfg.resume not in ("auto", "never"):
@@ -163,7 +171,7 @@ def _start(
     else:
         torch.manual_seed(cfg.seed)
         return init_state(specs, placements, mesh, cfg.seed, kept), 0, None
-    if (before := meta.get("optimizer_state", "fp32")) != kept:
+    if optimizer is None and (before := meta.get("optimizer_state", "fp32")) != kept:
         con.info(f"the optimizer state was kept in {before}, and is in {kept} from here on")
     if meta["seed"] != cfg.seed:
         con.warn(f"--seed {cfg.seed}, but the checkpoint's run had {meta['seed']}: the data's order changes here")

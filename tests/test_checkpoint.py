@@ -40,7 +40,7 @@ def test_saved_on_one_mesh_restored_on_others_bit_by_bit(tmp_path, plan, sizes, 
 
 
 def test_every_rank_writes_and_file_size_is_bounded(tmp_path):
-    files = checkpoint.share_out(MODEL.specs, 4)
+    files = checkpoint.share_out(checkpoint.kinds(MODEL.specs), 4)
     for kind in ("model", "mu", "nu"):
         share = [0] * 4
         for file in files:
@@ -50,7 +50,7 @@ def test_every_rank_writes_and_file_size_is_bounded(tmp_path):
     directory = saved(tmp_path, world=2, sizes=(2, 1, 1), plan="fsdp", file_bytes=limit)
     sizes = {path.name: path.stat().st_size for path in directory.rglob("*.safetensors")}
     assert len(sizes) > 6
-    for file in checkpoint.share_out(MODEL.specs, 2, limit):
+    for file in checkpoint.share_out(checkpoint.kinds(MODEL.specs), 2, limit):
         if len(file.specs) > 1:
             assert sum(4 * s.numel for s in file.specs.values()) <= limit
         assert Path(file.path).name in sizes
@@ -216,7 +216,7 @@ def test_a_checkpoint_of_another_model_names_the_differences_and_is_not_passed_o
 def test_full_disk_on_one_rank_fails_all_and_leaves_what_was_there(tmp_path, monkeypatch, failing):
     saved(tmp_path, 1, 4, "fsdp", (4, 1, 1))
     write = safetensors_io.write_file
-    file = next(f.path for f in checkpoint.share_out(MODEL.specs, 4) if f.rank == failing and f.kind == "mu")
+    file = next(f.path for f in checkpoint.share_out(checkpoint.kinds(MODEL.specs), 4) if f.rank == failing and f.kind == "mu")
 
     def full(path, layout, tensors):
         if str(path).endswith(file):

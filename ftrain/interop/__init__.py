@@ -1,0 +1,13 @@
+"""JAX on the other side: trees, shardings, checkpoints, optax, and JAX functions within models. The extra `jax`."""
+
+try:
+    import jax  # noqa: F401
+except ImportError as error:
+    raise ImportError("ftrain.interop needs JAX: pip install 'ftrain[jax]'") from error
+
+from .functions import from_jax_fn
+from .optimizer import from_optax
+from .sharding import partition_specs
+from .trees import from_jax, to_jax
+
+__all__ = ["from_jax", "from_jax_fn", "from_optax", "partition_specs", "to_jax"]

@@ -1,0 +1,194 @@
+"""optax in the train step: a GradientTransformation in place of AdamW, on the sharded state."""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import torch
+from jax.tree_util import DictKey, keystr, tree_flatten_with_path
+from torch import Tensor
+
+from ..config import TrainConfig, did_you_mean
+from ..files import import_file
+from ..optim import Optimizer
+from ..specs import ParamSpec, Specs, trainable
+from .elementwise import check_elementwise
+from .trees import from_jax, to_jax
+
+NUMBERS = "optax"  # the kind of what belongs to no parameter: counts, decays
+_names = count()  # an operator's name is its own for as long as the process lives
+
+
+def from_optax(transform: optax.GradientTransformation) -> Optimizer:
+    """Any optax transformation as the optimizer of a `Recipe`: `Recipe(adam, schedule, optimizer=from_optax(...))`.
+
+    Its updates are multiplied by the learning rate, which is the recipe's: give optax 1. Gradients are clipped before
+    by the recipe's global norm. What it keeps of each parameter is sharded as the parameter is, in `state.extra`; the
+    update writes there and to the parameters in place, after JAX has computed them, so that for a moment both are
+    there twice.
+    It runs on each rank's shards: where it would need more than an element at a time (a norm, a factored moment, a
+    matrix's orthogonalisation, random numbers) of a parameter that is sharded, ValueError names what does and the
+    parameter. Where nothing is sharded, everything goes. ValueError too for state that a checkpoint would not hold
+    exactly: floats of 64 bits, unsigned integers such as a random key.
+    """
+    calls: dict[tuple, Callable] = {}
+
+    def kinds(specs: Specs) -> dict[str, dict[str, ParamSpec]]:
+        found: dict[str, dict[str, ParamSpec]] = {}
+        for (kind, name), leaf in _leaves(transform, _whole(specs)):
+            found.setdefault(kind, {})[name] = _spec(specs.get(name), leaf, kind, name)
+        return found
+
+    def init(specs: Specs, params: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        trained = {name: params[name] for name in trainable(specs)}
+        shapes = {name: _shape(t) for name, t in trained.items()}
+        check_elementwise(transform.init, [shapes], list(shapes), _sharded(specs, trained))
+        state = transform.init({name: to_jax(t.detach(), copy=True) for name, t in trained.items()})
+        places = [place for place, _ in _leaves(transform, _whole(specs))]
+        values: dict[str, dict[str, Tensor]] = {}
+        for (kind, name), leaf in zip(places, jax.tree.leaves(state), strict=True):
+            value = from_jax(leaf).clone()
+            values.setdefault(kind, {})[name] = value if value.ndim else value[None]
+        return values
+
+    def update_(
+        lr: Tensor, specs: Specs, params: Mapping[str, Tensor], grads: Mapping[str, Tensor],
+        kept: Mapping[str, Mapping[str, Tensor]], scale: Tensor, apply: Tensor,
+    ) -> None:  # fmt: skip
+        key = tuple((name, tuple(params[name].shape), tuple(specs[name].shape), specs[name].lr) for name in grads)
+        if key not in calls:
+            calls[key] = _operator(transform, specs, {name: params[name] for name in grads})
+        places = [place for place, _ in _leaves(transform, _whole(specs))]
+        held = [kept[kind][name] for kind, name in places]
+        calls[key]([params[name] for name in grads], list(grads.values()), held, lr, scale, apply)
+
+    return Optimizer(kinds, init, update_)
+
+
+def _operator(transform: optax.GradientTransformation, specs: Specs, params: Mapping[str, Tensor]) -> Callable:
+    """The update as one operator of the graph, which writes in place, for these parameters of a rank."""
+    names = list(params)
+    places, shapes = zip(*_leaves(transform, _whole(specs)))
+    structure = jax.tree.structure(jax.eval_shape(transform.init, _whole(specs)))
+    local = {name: _shape(t) for name, t in params.items()}
+    state = jax.eval_shape(transform.init, local)
+    sharded = _sharded(specs, params)
+    for (kind, name), whole, piece in zip(places, shapes, jax.tree.leaves(state), strict=True):
+        if name not in names and whole.shape != piece.shape:
+            raise ValueError(
+                f"the optimizer keeps {kind}, {name}, of shape {list(whole.shape)}, which is not its parameter's: with a "
+                "plan that shards that parameter it would be another optimizer"
+            )
+    of = [*names, *(name if name in names else None for _, name in places), *names]
+    check_elementwise(lambda g, s, p: transform.update(g, s, p), [local, state, local], of, sharded)
+    factors = [specs[name].lr for name in names]
+
+    @jax.jit
+    def updated(values, grads, leaves, lr, scale, apply):
+        before = jax.tree.unflatten(structure, [x.reshape(s.shape) for x, s in zip(leaves, jax.tree.leaves(state))])
+        given = {name: g / scale for name, g in zip(names, grads)}
+        updates, after = transform.update(given, before, dict(zip(names, values)))
+        new = [p + (lr * factor * updates[name]).astype(p.dtype) for name, p, factor in zip(names, values, factors)]
+        kept = [x.reshape(old.shape).astype(old.dtype) for x, old in zip(jax.tree.leaves(after), leaves)]
+        choose = lambda new, old: [jnp.where(apply, n, o) for n, o in zip(new, old)]  # noqa: E731
+        return choose(new, values), choose(kept, leaves)
+
+    @torch.library.custom_op(f"ftrain::optax_{next(_names)}_", mutates_args=("params", "kept"))
+    def op(
+        params: list[Tensor], grads: list[Tensor], kept: list[Tensor], lr: Tensor, scale: Tensor, apply: Tensor
+    ) -> None:
+        arrays = to_jax([[_aligned(t) for t in of] for of in (params, grads, kept)])
+        found = from_jax(jax.block_until_ready(updated(*arrays, *to_jax([lr, scale, apply], copy=True))))
+        torch._foreach_copy_([*params, *kept], [*found[0], *found[1]])
+
+    @op.register_fake
+    def _(params, grads, kept, lr, scale, apply):
+        return None
+
+    return op
+
+
+def _aligned(t: Tensor) -> Tensor:
+    t = t.detach()
+    return t if t.is_contiguous() and t.data_ptr() % 64 == 0 else t.clone(memory_format=torch.contiguous_format)
+
+
+def _whole(specs: Specs) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in trainable(specs).items()}
+
+
+def _shape(t: Tensor) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(tuple(t.shape), jnp.dtype(str(t.dtype).removeprefix("torch.")))
+
+
+def _sharded(specs: Specs, params: Mapping[str, Tensor]) -> set[str]:
+    return {name for name, t in params.items() if tuple(t.shape) != tuple(specs[name].shape)}
+
+
+def _leaves(
+    transform: optax.GradientTransformation, whole: Mapping[str, jax.ShapeDtypeStruct]
+) -> list[tuple[tuple[str, str], jax.ShapeDtypeStruct]]:
+    """Of each leaf of the state: its kind and name, and its shape for whole parameters. What has a parameter's shape, at
+    that parameter's place in a tree of them, has its name."""
+    found = []
+    for path, leaf in tree_flatten_with_path(jax.eval_shape(transform.init, dict(whole)))[0]:
+        last = path[-1] if path else None
+        if isinstance(last, DictKey) and last.key in whole and leaf.shape == whole[last.key].shape:
+            kind = re.sub(r"\W+", ".", keystr(path[:-1])).strip(".")
+            found.append(((f"{NUMBERS}.{kind}", last.key), leaf))
+        else:
+            found.append(((NUMBERS, re.sub(r"\W+", ".", keystr(path)).strip(".")), leaf))
+    return found
+
+
+def _spec(param: ParamSpec | None, leaf: jax.ShapeDtypeStruct, kind: str, name: str) -> ParamSpec:
+    if str(leaf.dtype) not in ("float32", "bfloat16", "float16", "int32", "int16", "int8", "bool"):
+        raise ValueError(f"the optimizer keeps {kind}, {name}, as {leaf.dtype}, which a checkpoint would not hold exactly")
+    shape = leaf.shape or (1,)
+    return replace(param, parts=(), within=None) if param else ParamSpec(shape, lambda shape, _: torch.zeros(shape))
+
+
+# --- From the command line
+
+
+def find_optimizer(cfg: TrainConfig, specs: Specs) -> tuple[Optimizer, str]:
+    """`--optimizer optax:NAME`, an optimizer of optax, or `optax:FILE.py:FUNCTION`, which takes the specs and returns a
+    transformation; and it in words.
+
+    One of optax has learning rate 1, for the schedule is ours, and of beta1, beta2, eps and weight_decay (of what
+    decays) those that it knows. Raises ValueError naming what is valid.
+    """
+    which = cfg.optimizer.removeprefix("optax:")
+    if cfg.optimizer_state != "fp32":
+        raise ValueError(f"--optimizer-state {cfg.optimizer_state}: of AdamW alone; optax keeps its state as it does")
+    if ":" in which:
+        path, _, function = which.rpartition(":")
+        make = getattr(import_file(path, f"--optimizer {cfg.optimizer}"), function, None)
+        if not callable(make):
+            raise ValueError(f"--optimizer {cfg.optimizer}: {path} has no function {function!r}")
+        transform, words = make(specs), which
+        if not isinstance(transform, optax.GradientTransformation | optax.GradientTransformationExtraArgs):
+            raise ValueError(f"--optimizer {cfg.optimizer}: {function} returns {transform!r}, and no GradientTransformation")
+        return from_optax(transform), words
+    known = {name: takes for name in dir(optax) if "learning_rate" in (takes := _parameters(getattr(optax, name)))}
+    if which not in known:
+        near = did_you_mean(which, list(known))
+        raise ValueError(
+            f"--optimizer {cfg.optimizer}: optax has no such optimizer{near} (valid: adamw; optax: and {', '.join(known)}, "
+            "or FILE.py:FUNCTION)"
+        )
+    decays = {name: spec.decay for name, spec in trainable(specs).items()}
+    ours = {"b1": cfg.beta1, "b2": cfg.beta2, "eps": cfg.eps, "weight_decay": cfg.weight_decay, "mask": decays}
+    given = {"learning_rate": 1.0} | {key: value for key, value in ours.items() if key in known[which]}
+    said = ", ".join(f"{key}={value}" for key, value in given.items() if key not in ("learning_rate", "mask"))
+    return from_optax(getattr(optax, which)(**given)), f"optax.{which}({said})"
+
+
+def _parameters(fn: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(fn).parameters) if inspect.isfunction(fn) else ()
