@@ -5,9 +5,12 @@ try:
 except ImportError as error:
     raise ImportError("ftrain.interop needs JAX: pip install 'ftrain[jax]'") from error
 
+from .checkpoints import load_params, load_state, save_state
 from .functions import from_jax_fn
 from .optimizer import from_optax
 from .sharding import partition_specs
 from .trees import from_jax, to_jax
 
-__all__ = ["from_jax", "from_jax_fn", "from_optax", "partition_specs", "to_jax"]
+__all__ = [
+    "from_jax", "from_jax_fn", "from_optax", "load_params", "load_state", "partition_specs", "save_state", "to_jax",
+]  # fmt: skip
