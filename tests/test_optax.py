@@ -80,15 +80,15 @@ TRANSFORMS = {
     "adamw": adamw,
     "lion": lambda: optax.lion(1.0, mask=DECAYS),
     "momentum": lambda: optax.sgd(1.0, momentum=0.9, nesterov=True),
-    "clipped": lambda: optax.chain(optax.clip(0.01), optax.scale_by_rms(), optax.scale(-1.0)),
+    "clipped": lambda: optax.chain(optax.clip(0.01), optax.scale_by_rms(eps=0.003), optax.scale(-1.0)),
     "two kinds": lambda: optax.partition(
-        {True: optax.adam(1.0), False: optax.sgd(1.0, momentum=0.5)}, DECAYS
+        {True: optax.adam(1.0, eps=0.003), False: optax.sgd(1.0, momentum=0.5)}, DECAYS
     ),
     "some steps": lambda: optax.MultiSteps(optax.sgd(1.0, momentum=0.9), 2).gradient_transformation(),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mesh", [Mesh(2, 1, 2), Mesh(1, 2, 2), Mesh(3, 1, 1)], ids=str)
+@pytest.mark.parametrize("mesh", [Mesh(1, 2, 2), Mesh(3, 1, 1)], ids=str)
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.usefixtures("one_thread")
 def test_shards_are_updated_as_the_whole(name, mesh):
@@ -107,7 +107,7 @@ def test_shards_are_updated_as_the_whole(name, mesh):
         (lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)), "clip_by_global_norm"),
         (lambda: optax.lamb(1.0), "scale_by_trust_ratio"),
         (lambda: optax.adafactor(1.0, min_dim_size_to_factor=2), r"the optimizer keeps|scale_by_factored_rms"),
-        (lambda: optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(1.0)), "keeps .* as uint32|add_noise"),
+        (lambda: optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(1.0)), r"keeps optax, 0\.\w+, as key"),
         (lambda: optax.adaptive_grad_clip(0.1), "adaptive_grad_clip"),
         (lambda: optax.apply_if_finite(optax.sgd(1.0), 3), "apply_if_finite"),
         (lambda: optax.chain(optax.centralize(), optax.sgd(1.0)), "centralize"),

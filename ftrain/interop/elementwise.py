@@ -31,14 +31,19 @@ def check_elementwise(fn: Callable, arguments: Sequence[Any], of: Sequence[str |
     closed = jax.make_jaxpr(fn)(*arguments)
     leaves = jax.tree.leaves(arguments)
     known = [_given(name if name in sharded else None, leaf.ndim) for name, leaf in zip(of, leaves, strict=True)]
-    _walk(closed.jaxpr, [_given(None, getattr(c, "ndim", 0)) for c in closed.consts], known)
+    _walk(closed.jaxpr, _of_constants(closed), known)
 
 
 def _given(name: str | None, ndim: int) -> _Origin:
     return _Origin(frozenset() if name is None else frozenset([name]), ndim == 0)
 
 
-def _walk(jaxpr: Jaxpr, consts: Sequence[_Origin], arguments: Sequence[_Origin]) -> list[_Origin]:
+def _of_constants(closed: ClosedJaxpr) -> list[_Origin]:
+    return [_given(None, getattr(c, "ndim", 0)) for c in closed.consts]
+
+
+def _walk(jaxpr: Jaxpr, consts: Sequence[_Origin], arguments: Sequence[_Origin], within: tuple = ()) -> list[_Origin]:
+    """Of each result. within: the equations that this is called by, the innermost first."""
     origin = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, arguments, strict=True))
 
     def read(v) -> _Origin:
@@ -46,20 +51,21 @@ def _walk(jaxpr: Jaxpr, consts: Sequence[_Origin], arguments: Sequence[_Origin])
 
     for eqn in jaxpr.eqns:
         given = [read(v) for v in eqn.invars]
-        for v, found in zip(eqn.outvars, _of_equation(eqn, given), strict=True):
+        for v, found in zip(eqn.outvars, _of_equation(eqn, given, within), strict=True):
             origin[v] = found
     return [read(v) for v in jaxpr.outvars]
 
 
-def _of_equation(eqn, given: Sequence[_Origin]) -> list[_Origin]:
+def _of_equation(eqn, given: Sequence[_Origin], within: tuple) -> list[_Origin]:
+    here = (eqn, *within)
     sharded = frozenset().union(*(g.sharded for g in given))
     inner = _inner(eqn)
     if inner is not None:  # a function called
-        return _walk(inner.jaxpr, [_given(None, getattr(c, "ndim", 0)) for c in inner.consts], given)
+        return _walk(inner.jaxpr, _of_constants(inner), given, here)
     if eqn.primitive.name == "cond":
         if given[0].sharded:
-            _refuse(eqn, given[0].sharded)
-        branches = [_walk(b.jaxpr, [_given(None, getattr(c, "ndim", 0)) for c in b.consts], given[1:]) for b in eqn.params["branches"]]
+            _refuse(here, given[0].sharded)
+        branches = [_walk(b.jaxpr, _of_constants(b), given[1:], here) for b in eqn.params["branches"]]
         return [_Origin(frozenset().union(*(o.sharded for o in of)), all(o.uniform for o in of)) for of in zip(*branches)]
     elementwise = eqn.primitive.name in ELEMENTWISE
     spread = eqn.primitive.name == "broadcast_in_dim" and given[0].uniform and not eqn.invars[0].aval.ndim
@@ -67,7 +73,7 @@ def _of_equation(eqn, given: Sequence[_Origin]) -> list[_Origin]:
         # Of one parameter at a time, for others may be cut elsewhere; beside what is the same number everywhere.
         beside = all(g.sharded or g.uniform for g in given)
         if not (elementwise and len(sharded) == 1 and beside):
-            _refuse(eqn, sharded)
+            _refuse(here, sharded)
         return [_Origin(sharded, False) for _ in eqn.outvars]
     uniform = spread or (elementwise and all(g.uniform for g in given))
     return [_Origin(frozenset(), uniform or not v.aval.ndim) for v in eqn.outvars]
@@ -81,20 +87,21 @@ def _inner(eqn) -> ClosedJaxpr | None:
     return None
 
 
-def _refuse(eqn, names: frozenset[str]) -> None:
+def _refuse(within: tuple, names: frozenset[str]) -> None:
     name, more = min(names), f" and {len(names) - 1} more" * (len(names) > 1)
+    who = next(filter(None, map(_maker, within)), "the transformation")
     raise ValueError(
-        f"{_who(eqn)} takes values of all of a parameter together ({eqn.primitive.name}), but a rank holds only a part of "
+        f"{who} takes values of all of a parameter together ({within[0].primitive.name}), but a rank holds only a part of "
         f"{name}{more}: on shards it would be another optimizer. Leave it out (--clip clips by the global norm, rightly), "
         "or use a plan that shards nothing"
     )
 
 
-def _who(eqn) -> str:
+def _maker(eqn) -> str | None:
     """The transformation that an equation comes from: the innermost function that made an `update_fn`."""
     traceback = getattr(eqn.source_info, "traceback", None)
     for frame in traceback.frames if traceback else ():
         outer, made, inner = frame.function_name.partition(".<locals>.")
-        if made and inner.split(".")[0].startswith(("update", "init")) and outer != "with_extra_args_support":
+        if made and inner.startswith(("update", "init")) and outer != "with_extra_args_support":
             return outer
-    return "the transformation"
+    return None

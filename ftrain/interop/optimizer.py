@@ -46,9 +46,10 @@ def from_optax(transform: optax.GradientTransformation) -> Optimizer:
         return found
 
     def init(specs: Specs, params: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        kinds(specs)  # raises
         trained = {name: params[name] for name in trainable(specs)}
         shapes = {name: _shape(t) for name, t in trained.items()}
-        check_elementwise(transform.init, [shapes], list(shapes), _sharded(specs, trained))
+        check_elementwise(transform.init, [shapes], sorted(shapes), _sharded(specs, trained))
         state = transform.init({name: to_jax(t.detach(), copy=True) for name, t in trained.items()})
         places = [place for place, _ in _leaves(transform, _whole(specs))]
         values: dict[str, dict[str, Tensor]] = {}
@@ -74,18 +75,20 @@ def from_optax(transform: optax.GradientTransformation) -> Optimizer:
 def _operator(transform: optax.GradientTransformation, specs: Specs, params: Mapping[str, Tensor]) -> Callable:
     """The update as one operator of the graph, which writes in place, for these parameters of a rank."""
     names = list(params)
-    places, shapes = zip(*_leaves(transform, _whole(specs)))
+    leaves_of_whole = _leaves(transform, _whole(specs))
+    places = [place for place, _ in leaves_of_whole]
     structure = jax.tree.structure(jax.eval_shape(transform.init, _whole(specs)))
     local = {name: _shape(t) for name, t in params.items()}
     state = jax.eval_shape(transform.init, local)
     sharded = _sharded(specs, params)
-    for (kind, name), whole, piece in zip(places, shapes, jax.tree.leaves(state), strict=True):
+    for ((kind, name), whole), piece in zip(leaves_of_whole, jax.tree.leaves(state), strict=True):
         if name not in names and whole.shape != piece.shape:
             raise ValueError(
                 f"the optimizer keeps {kind}, {name}, of shape {list(whole.shape)}, which is not its parameter's: with a "
                 "plan that shards that parameter it would be another optimizer"
             )
-    of = [*names, *(name if name in names else None for _, name in places), *names]
+    of_trees = sorted(names)  # the order of JAX's dicts
+    of = [*of_trees, *(name if name in names else None for _, name in places), *of_trees]
     check_elementwise(lambda g, s, p: transform.update(g, s, p), [local, state, local], of, sharded)
     factors = [specs[name].lr for name in names]
 
