@@ -84,6 +84,8 @@ class _Noting(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if any(not issubclass(t, FakeTensor) for t in types if t not in (Tensor, torch.nn.Parameter)):
             return NotImplemented  # a tensor made of others (torchao's float8): what it does with those is noted
+        if op is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # two of three calls: autograd asks, and the tensor alone says
         out = op(*args, **(kwargs or {}))
         row: tuple = (op, self.of(args), self.of(kwargs or {}))
         for t in tree_leaves(out):
