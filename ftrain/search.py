@@ -17,7 +17,6 @@ from .model import Model, find_model
 from .parallel import group_key
 from .planning import Asked, Forecast, PlanConfig, as_json, asked, forecast, gb, sizes
 
-REMATS = ("none", "selective", "full")  # the faster first
 SHALLOW = (3, 5)  # layers of the models that stand for a deep one
 SHOWN = 3
 WORKERS = 8  # at most: each is a process that traces steps, in 1 to 2 GB
@@ -70,12 +69,13 @@ def explore(meshes: Sequence[PlanConfig], say: Callable[[str], None]) -> tuple[l
     """The best that fit when forecast in full, the fastest first; and all that was tried."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ProcessPoolExecutor(max(1, min(len(meshes), WORKERS, cores)), mp_context=get_context("spawn")) as pool:
-        tried = each(pool, try_mesh, meshes, say)
-        fitting = sorted((one for one in tried if one.fits), key=lambda one: -one.speed)
+        of_meshes = each(pool, try_mesh, meshes, say)
+        tried = [one for of_mesh in of_meshes for one in of_mesh]
+        fitting = sorted((one for one in map(best, of_meshes) if one.fits), key=lambda one: -one.speed)
         found: list[Tried] = []
         while fitting and len(found) < SHOWN:
             n = SHOWN - len(found)
-            fulls = each(pool, in_full, [one.cfg for one in fitting[:n]], say)
+            fulls = [best(one) for one in each(pool, in_full, [one.cfg for one in fitting[:n]], say)]
             tried += fulls
             found += [one for one in fulls if one.fits]
             fitting = fitting[n:]
@@ -84,31 +84,32 @@ def explore(meshes: Sequence[PlanConfig], say: Callable[[str], None]) -> tuple[l
 
 def each(
     pool: Executor, fn: Callable[[PlanConfig], list[Tried]], cfgs: Sequence[PlanConfig], say: Callable[[str], None]
-) -> list[Tried]:
+) -> list[list[Tried]]:
     """What `fn` gives for each, in their order; said as it is done. What one raises ends all."""
     futures = [pool.submit(fn, cfg) for cfg in cfgs]
     try:
         for number, future in enumerate(as_completed(futures), 1):
-            say(f"{number}/{len(cfgs)}  {future.result()[-1].words}")
+            say(f"{number}/{len(cfgs)}  {best(future.result()).words}")
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
-    return [one for future in futures for one in future.result()]
+    return [future.result() for future in futures]
+
+
+def best(of_mesh: Sequence[Tried]) -> Tried:
+    """What fits, the fastest of it; else the last that was tried."""
+    return max((one for one in of_mesh if one.fits), key=lambda one: one.speed, default=of_mesh[-1])
 
 
 def try_mesh(cfg: PlanConfig) -> list[Tried]:
-    """An estimate of a mesh with one remat policy after another, until it fits: recomputing more would be slower."""
-    of = asked(cfg)
-    tried: list[Tried] = []
-    for remat in REMATS:
-        one = replace(cfg, remat=remat)
+    """Estimates of a mesh with the remat policy between, and with the faster one if that fits, else the smaller."""
+    of, tried = asked(cfg), []
+    for remat in ("selective", None):
+        one = replace(cfg, remat=remat or ("none" if tried[0].fits else "full"))
         try:
-            seen = estimate(one, of)
+            tried.append(judged(one, estimate(one, of), of))
         except ValueError as error:
-            return tried + [Tried(one, False, 0.0, str(error))]
-        tried.append(judged(one, seen, of))
-        if tried[-1].fits:
-            break
+            return [*tried, Tried(one, False, 0.0, str(error))]
     return tried
 
 
@@ -143,7 +144,10 @@ def estimate(cfg: PlanConfig, of: Asked) -> Estimate:
     if None in shallow:
         full = forecast(cfg, of)
         return Estimate(full.peak.bytes, full.tokens_per_s)
-    low, high = (forecast(cfg, of._replace(model=model)) for model in shallow)
+    low = forecast(cfg, of._replace(model=shallow[0]))
+    if low.peak.bytes > of.hardware.memory:  # the deep one's is larger
+        return Estimate(low.peak.bytes, low.tokens_per_s)
+    high = forecast(cfg, of._replace(model=shallow[1]))
 
     def at(a: float, b: float) -> float:
         return b + (layers - SHALLOW[1]) * (b - a) / (SHALLOW[1] - SHALLOW[0])
