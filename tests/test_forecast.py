@@ -16,7 +16,7 @@ from ftrain.__main__ import main as command_line
 from ftrain.config import MeshConfig
 from ftrain.equivalence import random_batch
 from ftrain.flops import graph_flops
-from ftrain.forecast import Work, pretended, trace
+from ftrain.forecast import Work, a_batch, pretended, trace
 from ftrain.graph import one_graph
 from ftrain.job import make_job
 from ftrain.memory import measure
@@ -65,6 +65,20 @@ def test_memory_is_what_is_measured(remat, mode, one_rank):
     assert peak.at == seen.at
     for kind in ("parameters", "optimizer", "gradients", "activations"):
         assert peak.by[kind] == pytest.approx(seen.by[kind], rel=0.01), kind
+
+
+@pytest.mark.parametrize("model", ["qwen2-vl-tiny", "qwen3-omni-moe-tiny"])
+def test_memory_with_images_and_sounds_is_what_is_measured(model, one_rank):
+    """Of the batch that a forecast assumes, taken by a real step."""
+    model, work = find_model(model), Work(2, 512, "fp32", "full")
+    job = make_job(model, find_plan("fsdp_sp_ep"), Mesh(), remat="full")
+    state = init_state(model.specs, job.placements, job.device_mesh, 0)
+    step = make_train_step(model, job.sharding, job.ops, Recipe(), "aot_eager")
+    seen = measure(step, state, job.microbatches(a_batch(model, 2, work)))
+    dist.destroy_process_group()
+    peak = trace(model, find_plan("fsdp_sp_ep"), Mesh(), work, mode="aot_eager").timeline(on_a_cpu=True, fuse=False).peak()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # the fixture ends it
+    assert peak.bytes == pytest.approx(seen.bytes, rel=0.02)
 
 
 @pytest.mark.slow
