@@ -40,6 +40,7 @@ from .safetensors_io import Layout, make_header, make_index, read_values, stem_f
 from .specs import ParamSpec, Specs, stored, to_stored, trainable, zeros
 from .state import State, gather_to, make_state, own_slices
 
+INDEX = ".safetensors.index.json"
 _MESSAGE = 2048  # bytes of an error message sent to the other ranks
 
 T = TypeVar("T")
@@ -105,7 +106,7 @@ def kinds(specs: Specs, kept: str | Optimizer = "fp32") -> dict[str, dict[str, P
 
 def kinds_of(state: State, specs: Specs) -> dict[str, dict[str, ParamSpec]]:
     """`kinds`, of what a state has."""
-    if not state.extra:
+    if state.mu:
         return kinds(specs)
     return {"model": dict(specs)} | {
         kind: {name: ParamSpec(tuple(t.shape), zeros) for name, t in of.items()} for kind, of in state.extra.items()
@@ -265,12 +266,13 @@ def restore(
 
     def read() -> tuple[State, dict[str, Any]]:
         of_kinds = kinds(specs, kept)
-        for kind in of_kinds:
-            if kind != "model" and not (directory / TRAIN_STATE / f"{kind}.safetensors.index.json").is_file():
-                raise ValueError(
-                    f"{directory} holds no {kind}: another --optimizer wrote it; go on with that, or begin a new run with "
-                    f"its weights (--init {directory} and another --out)"
-                )
+        there = {path.name.removesuffix(INDEX) for path in (directory / TRAIN_STATE).glob(f"*{INDEX}")}
+        if there != of_kinds.keys() - {"model"}:
+            raise ValueError(
+                f"{directory} holds {', '.join(sorted(there)) or 'nothing'} of its optimizer, not "
+                f"{', '.join(sorted(of_kinds.keys() - {'model'})) or 'nothing'}: another --optimizer wrote it; go on with "
+                f"that, or begin a new run with its weights (--init {directory} and another --out)"
+            )
         values = {
             kind: read_values(directory if kind == "model" else directory / TRAIN_STATE, of_kind, kind)
             for kind, of_kind in of_kinds.items()

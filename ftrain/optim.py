@@ -2,7 +2,7 @@
 optimizer."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,13 +35,14 @@ class Optimizer(NamedTuple):
 
     kinds: specs -> kind -> name -> spec of each tensor that it keeps. What has a parameter's name has its shape and its
     placements, all else is whole on every rank.
-    init: (specs, this rank's params by name) -> kind -> name -> what is kept at first of these.
-    update_: (lr, specs, params, grads, kept, scale, apply): params and what is kept are updated in place by the
+    init: (specs, this rank's params by name, cut) -> kind -> name -> what is kept at first of these.
+    update_: (lr, specs, params, grads, kept, scale, apply, cut): params and what is kept are updated in place by the
     gradients over `scale`, or left as they are unless `apply`. lr, scale and apply are 0-dim tensors.
+    cut: the names of the parameters of which ranks hold parts, the same on every rank.
     """
 
     kinds: Callable[[Specs], Mapping[str, Specs]]
-    init: Callable[[Specs, Mapping[str, Tensor]], Mapping[str, Mapping[str, Tensor]]]
+    init: Callable[[Specs, Mapping[str, Tensor], Collection[str]], Mapping[str, Mapping[str, Tensor]]]
     update_: Callable[..., None]
 
 

@@ -48,6 +48,11 @@ def main(cfg: PlanConfig) -> int:
     """
     of = asked(cfg)
     meshes = list(candidates(cfg, cfg.world_size or sizes(cfg)[0].size * cfg.mesh.replica, has_experts(of.model)))
+    if not meshes:
+        raise ValueError(
+            f"--batch-size {cfg.batch_size}: too few sequences for {cfg.world_size} ranks, at most 64 to a sequence: give more "
+            "of them, or fewer ranks"
+        )
     found, tried = explore(meshes, say=progress())
     if cfg.json:
         print(json.dumps([one.full for one in found]))

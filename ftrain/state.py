@@ -27,7 +27,7 @@ class State(NamedTuple):
     mu: dict[str, DTensor | Coded]
     nu: dict[str, DTensor | Coded]
     step: Tensor
-    extra: dict[str, dict[str, DTensor]] = {}  # of the one who has none, and nobody writes to
+    extra: dict[str, dict[str, DTensor]] = {}
 
 
 def place(piece: Tensor, shape: tuple[int, ...], placements: tuple[Placement, ...], mesh: DeviceMesh) -> DTensor:
@@ -112,7 +112,8 @@ def make_state(
     step = torch.zeros((), dtype=torch.int64, device=device)
     if isinstance(kept, str):
         return State(params, zeros(0), zeros(1), step)
-    first, of = kept.init(specs, {name: param.to_local() for name, param in params.items()}), kept.kinds(specs)
+    cut = {n for n, p in params.items() if any(s.is_shard() and k > 1 for s, k in zip(p.placements, mesh.shape))}
+    first, of = kept.init(specs, {name: param.to_local() for name, param in params.items()}, cut), kept.kinds(specs)
     whole_everywhere = (Replicate(),) * mesh.ndim
     extra = {
         kind: {n: place(t, of[kind][n].shape, placements.get(n, whole_everywhere), mesh) for n, t in tensors.items()}

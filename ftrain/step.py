@@ -161,11 +161,13 @@ def make_train_step(
             if recipe.optimizer is None:
                 update_(adam, lr, model.specs, params, grads, mu, nu, step, norm, apply)
             else:
-                recipe.optimizer.update_(lr, model.specs, params, grads, extra, clipping(norm, adam.clip), apply)
+                scale = clipping(norm, adam.clip)
+                recipe.optimizer.update_(lr, model.specs, params, grads, extra, scale, apply, cut)
             step.add_(apply.to(step.dtype))
         metrics = sums | {"grad_norm": norm, "lr": lr, "finite": finite}
         return metrics if routed is None else metrics | {"expert_counts": routed}
 
+    cut = {name for name, copies in sharding.copies.items() if copies < sharding.world.size}
     run = one_graph(graph, mode)
     count_experts = make_eval_step(model, sharding, ops, mode)
     buffers: dict[str, Tensor] = {}

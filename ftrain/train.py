@@ -150,7 +150,9 @@ def _start(
     specs, placements, mesh = job.model.specs, job.placements, job.device_mesh
     kept = optimizer or cfg.optimizer_state
     if cfg.resume != "never" and not (cfg.resume == "auto" and cfg.overwrite):
-        _check_frozen(specs, Path(cfg.resume) if cfg.resume != "auto" else next(iter(checkpoint.latest(cfg.out)), None))
+        before = Path(cfg.resume) if cfg.resume != "auto" else next(iter(checkpoint.latest(cfg.out)), None)
+        _check_optimizer(cfg, before)
+        _check_frozen(specs, before)
     if cfg.resume not in ("auto", "never"):
         state, meta = checkpoint.restore(cfg.resume, specs, placements, mesh, kept)
         checkpoint.set_rng(meta["rng"])
@@ -183,6 +185,19 @@ def _start(
             "sequences, of which some repeat what was seen"
         )
     return state, meta["sequences"], int(state.step)
+
+
+def _check_optimizer(cfg: TrainConfig, directory: Path | None) -> None:
+    """Raises ValueError where another optimizer wrote a checkpoint: what it keeps may look alike and mean something else."""
+    try:
+        before = read_json(directory / TRAIN_STATE / "train_state.json").get("optimizer", "adamw")
+    except (AttributeError, OSError, ValueError, TypeError):
+        return  # there is none, or `restore` says what is wrong with it
+    if before != cfg.optimizer:
+        raise ValueError(
+            f"--optimizer {cfg.optimizer}, but {directory} is of {before}: go on with that, or begin a new run with its "
+            f"weights (--init {directory} and another --out)"
+        )
 
 
 def _check_frozen(specs: Specs, directory: Path | None) -> None:

@@ -2,10 +2,10 @@
 
 import subprocess
 
-import jax_devices  # noqa: F401
 import optax
 import pytest
 import torch
+from jax_devices import jax
 from runs import command, environment, steps, write_model, write_text
 
 from ftrain import checkpoint
@@ -22,6 +22,7 @@ from ftrain.ranks import run_ranks
 from ftrain.state import make_state, whole
 from ftrain.step import Recipe, make_train_step
 
+jnp = jax.numpy
 MODEL = find_model(shrink(find_model("qwen3-moe-tiny").hf))
 ADAM = AdamW(lr=0.1, eps=0.003, clip=0.5)
 SCHEDULE = Schedule(steps=10, warmup=2)
@@ -44,7 +45,7 @@ def trained(transform, mesh=Mesh(), plan="fsdp_sp_ep", mode="off", accumulate=1,
     step = make_train_step(model, job.sharding, job.ops, recipe, mode, accumulate)
     for batch in batches:
         state, metrics = step(state, job.microbatches(batch, accumulate))
-    moments = state.extra or {"mu": state.mu, "nu": state.nu}
+    moments = {"mu": state.mu, "nu": state.nu} if state.mu else state.extra
     return (
         {name: whole(t) for name, t in state.params.items()},
         {kind: {name: whole(t) for name, t in of.items()} for kind, of in moments.items()},
@@ -72,7 +73,7 @@ def test_its_adamw_is_ours_step_for_step(accumulate):
     close(optaxs[0], ours[0])
     for kind, of in (("optax.0.mu", "mu"), ("optax.0.nu", "nu")):
         close(optaxs[1][kind], ours[1][of])
-    assert optaxs[1]["optax"]["0.count"].item() == len(BATCHES)
+    assert optaxs[1]["optax"]["optax.0.count"].item() == len(BATCHES)
     assert optaxs[2].keys() == ours[2].keys() and torch.equal(optaxs[2]["lr"], ours[2]["lr"])
 
 
@@ -107,10 +108,16 @@ def test_shards_are_updated_as_the_whole(name, mesh):
         (lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)), "clip_by_global_norm"),
         (lambda: optax.lamb(1.0), "scale_by_trust_ratio"),
         (lambda: optax.adafactor(1.0, min_dim_size_to_factor=2), r"the optimizer keeps|scale_by_factored_rms"),
-        (lambda: optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(1.0)), r"keeps optax, 0\.\w+, as key"),
+        (lambda: optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(1.0)), r"keeps optax, optax\.0\.\w+, as key"),
         (lambda: optax.adaptive_grad_clip(0.1), "adaptive_grad_clip"),
         (lambda: optax.apply_if_finite(optax.sgd(1.0), 3), "apply_if_finite"),
         (lambda: optax.chain(optax.centralize(), optax.sgd(1.0)), "centralize"),
+        (lambda: optax.adamw(1.0, mask=lambda p: jax.tree.map(lambda x: x.size > 300, p)), "by its size or shape"),
+        (lambda: optax.stateless(lambda g, p: jax.tree.map(lambda x: x / x.size**0.5, g)), "by its size or shape"),
+        (lambda: optax.stateless(lambda g, p: jax.tree.map(lambda x: x / jnp.ones(x.shape).sum(), g)), "reduce_sum|div|size"),
+        (lambda: optax.GradientTransformation(
+            lambda p: jax.tree.map(lambda x: jnp.full(x.shape, 1 / x.shape[0]), p), lambda g, s, p=None: (g, s)
+        ), "by its size or shape"),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("one_thread")
@@ -134,7 +141,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
         before = {name: t.to_local().clone() for name, t in state.params.items()}
         step = make_train_step(MODEL, job.sharding, job.ops, Recipe(ADAM, SCHEDULE, optimizer=kept), "off")
         state, metrics = step(state, job.microbatches(BATCHES[0]))
-        assert not metrics["finite"] and int(state.extra["optax"]["0.count"].to_local()) == 0
+        assert not metrics["finite"] and int(state.extra["optax"]["optax.0.count"].to_local()) == 0
         assert all(torch.equal(state.params[n].to_local(), t) for n, t in before.items())
 
     run_ranks(1, run)
@@ -146,9 +153,30 @@ def test_it_is_an_operator_of_the_one_graph(mode, one_rank):
     close(found[0], trained(None)[0])
 
 
+def test_labels_are_told_apart():
+    """Punctuation too."""
+    labels = {name: "+" if decays else "-" for name, decays in DECAYS.items()}
+
+    def of(rate):
+        return optax.inject_hyperparams(optax.sgd)(rate)
+
+    kinds = from_optax(optax.partition({"+": of(1.0), "-": of(0.0)}, labels)).kinds(MODEL.specs)
+    assert len(kinds["optax"]) == 4  # of each a count and a rate
+
+
+def test_a_number_for_each_parameter_is_a_number():
+    each = optax.GradientTransformation(
+        lambda p: jax.tree.map(lambda x: jnp.zeros(()), p), lambda g, s, p=None: (g, jax.tree.map(lambda x: x + 1, s))
+    )
+    kinds = from_optax(each).kinds(MODEL.specs)
+    assert list(kinds) == ["optax"] and all(spec.shape == (1,) for spec in kinds["optax"].values())
+    assert not kinds["optax"].keys() & MODEL.specs.keys()
+
+
 @pytest.mark.usefixtures("one_thread")
-def test_what_it_keeps_is_saved_for_any_mesh(tmp_path):
-    opt = from_optax(adamw())
+@pytest.mark.parametrize("make", [lambda: optax.sgd(1.0), adamw], ids=["nothing", "moments"])
+def test_what_it_keeps_is_saved_for_any_mesh(make, tmp_path):
+    opt = from_optax(make())
 
     def state_on(mesh, read=None):
         job = make_job(MODEL, find_plan("fsdp_sp_ep"), mesh)
@@ -174,7 +202,7 @@ def test_what_it_keeps_is_saved_for_any_mesh(tmp_path):
         job = make_job(MODEL, find_plan("fsdp"), Mesh())
         checkpoint.restore(path, MODEL.specs, job.placements, job.device_mesh)
 
-    with pytest.raises(ValueError, match="holds no mu: another --optimizer wrote it"):
+    with pytest.raises(ValueError, match="of its optimizer, not mu, nu: another --optimizer wrote it"):
         run_ranks(1, as_adamw)
 
 
@@ -190,8 +218,8 @@ def test_names_are_looked_up_with_what_they_take(tmp_path):
     mine.write_text("import optax\ndef make(specs):\n    return optax.sgd(1.0)\ndef no(specs):\n    return 3\n")
     assert find_optimizer(TrainConfig(optimizer=f"optax:{mine}:make"), MODEL.specs)[0].kinds(MODEL.specs) == {}
     for which, message in (
-        ("adamx", "did you mean adam"), ("chain", "no such optimizer"), (f"{mine}:mak", "no function 'mak'"),
-        (f"{mine}:no", "no GradientTransformation"),
+        ("adamx", "did you mean adam"), ("fromage", "under our learning rate"), (f"{mine}:mak", "no function 'mak'"),
+        (f"{mine}:no", "no GradientTransformation"), ("novograd", "--weight-decay 0"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             find_optimizer(TrainConfig(optimizer=f"optax:{which}"), MODEL.specs)

@@ -1,5 +1,9 @@
 """JAX on the other side: trees, shardings, checkpoints, optax, and JAX functions within models. The extra `jax`."""
 
+import os
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is torch's too
+
 try:
     import jax  # noqa: F401
 except ImportError as error:

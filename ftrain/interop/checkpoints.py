@@ -1,8 +1,10 @@
 """Checkpoints as sharded jax.Arrays: what ftrain wrote is read by JAX, and what JAX writes is resumed by ftrain."""
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +58,10 @@ def load_state(directory: str | os.PathLike, model: Model, shardings: Shardings)
         specs = {name: ParamSpec(entry.shape, zeros) for name, entry in entries.items()}
         placed = {name: shardings.get(name, NamedSharding(mesh, PartitionSpec())) for name in specs}
         of_kinds[kind] = _arrays(values_from(entries), specs, placed)
-    mu, nu = of_kinds.pop("mu", {}), of_kinds.pop("nu", {})
-    return State(params, mu, nu, jnp.asarray(meta["step"], jnp.int32), of_kinds), meta
+    step = jnp.asarray(meta["step"], jnp.int32)
+    if of_kinds.keys() == {"mu", "nu"}:
+        return State(params, of_kinds["mu"], of_kinds["nu"], step), meta
+    return State(params, {}, {}, step, of_kinds), meta
 
 
 def save_state(
@@ -68,19 +72,25 @@ def save_state(
 
     meta: what `load_state` gave, with `sequences` for how many of the data were seen since. tokenizer: writes a
     tokenizer's files into a directory. Holds the state once more, in fp32.
-    Raises ValueError for an array of which another process holds a part, or that has not its parameter's shape;
-    OSError as `checkpoint.save`.
+    Raises ValueError for an array of which another process holds a part, or that has not its parameter's shape, for a
+    state that is no whole one, and for a meta that is not JSON; OSError as `checkpoint.save`.
     """
-    for kind, arrays in {"params": state.params, "mu": state.mu, "nu": state.nu, **state.extra}.items():
+    of_optimizer = {"mu": state.mu, "nu": state.nu} if state.mu else state.extra
+    _check_whole(state, model)
+    try:
+        json.dumps(dict(meta))
+    except TypeError as error:
+        raise ValueError(f"meta is not JSON: {error}") from None
+    for kind, arrays in {"params": state.params, **of_optimizer}.items():
         for name, array in arrays.items():
             if not array.is_fully_addressable:
                 raise ValueError(f"{kind}, {name}: other processes hold parts of it; gather it on one first")
             expected = model.specs[name].shape if name in model.specs else array.shape
             if tuple(array.shape) != tuple(expected):
                 raise ValueError(f"{kind}, {name} has shape {list(array.shape)}, the model says {list(expected)}")
-    if missing := [name for name in model.specs if name not in state.params]:
-        raise ValueError(f"the state has no {', '.join(missing[:3])}, which the model declares")
-    with _one_rank() as mesh:
+    if state.mu:  # what has no moments is frozen
+        model = replace(model, specs={n: s if n in state.mu else replace(s, lr=0.0) for n, s in model.specs.items()})
+    with _one_rank() as mesh, _random_state(meta):
         nowhere = (Replicate(),) * mesh.ndim
 
         def placed(arrays: Mapping[str, jax.Array]) -> dict:
@@ -92,9 +102,33 @@ def save_state(
             lambda name, spec, slices: _tensor(state.params[name])[slices],
         )  # fmt: skip
         whole.step.fill_(int(state.step))
-        extra = {kind: placed(arrays) for kind, arrays in state.extra.items()}
-        whole = whole._replace(mu=placed(state.mu), nu=placed(state.nu), extra=extra)
+        kept = {kind: placed(arrays) for kind, arrays in of_optimizer.items()}
+        whole = whole._replace(**kept) if state.mu else whole._replace(mu={}, nu={}, extra=kept)
         return checkpoint.save(out, whole, model, {"sequences": 0, "seed": 0, "data": "", **meta}, tokenizer)
+
+
+def _check_whole(state: State, model: Model) -> None:
+    """Raises ValueError for what a checkpoint would lose."""
+    if missing := [name for name in model.specs if name not in state.params]:
+        raise ValueError(f"the state has no {', '.join(missing[:3])}, which the model declares")
+    for kind, arrays in {"params": state.params, "mu": state.mu, "nu": state.nu}.items():
+        if strange := [name for name in arrays if name not in model.specs]:
+            raise ValueError(f"the state has {kind} of {', '.join(strange[:3])}, which the model does not declare")
+    if state.mu.keys() != state.nu.keys():
+        raise ValueError(f"mu and nu are not of the same parameters: {', '.join(sorted(state.mu.keys() ^ state.nu.keys())[:3])}")
+    if state.extra and state.mu:
+        raise ValueError("a state has AdamW's mu and nu, or `extra` of another optimizer: not both")
+
+
+@contextmanager
+def _random_state(meta: Mapping[str, Any]) -> Iterator[None]:
+    """Within, torch's random generators are where meta says, for them to be saved."""
+    before = checkpoint.get_rng()
+    checkpoint.set_rng(meta.get("rng", {}))
+    try:
+        yield
+    finally:
+        checkpoint.set_rng(before)
 
 
 def _arrays(values: Values, specs: Specs, shardings: Shardings) -> dict[str, jax.Array]:

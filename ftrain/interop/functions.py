@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..outline import exact
 from .trees import from_jax, to_jax
 
 _numbers = count()  # an operator's name is its own for as long as the process lives
@@ -30,7 +31,7 @@ def from_jax_fn(fn: Callable[..., Any]) -> Callable[..., Any]:
         leaves, tree = tree_flatten(args)
         where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         others = tuple((i, leaf) for i, leaf in enumerate(leaves) if i not in where)
-        key = tree, others
+        key = tree, tuple((i, exact(leaf)) for i, leaf in others)
         if key not in forms:
 
             def flat(*arrays):
@@ -96,11 +97,12 @@ def _operator(fn: Callable, name: str) -> Callable[[Sequence[Tensor]], Any]:
     op.register_autograd(of_gradients, setup_context=setup)
 
     def call(xs: Sequence[Tensor]):
-        spec = jax.tree.structure(jax.eval_shape(fn, *map(_shape, xs)))
-        if spec.num_leaves == 0:
+        found, spec = jax.tree.flatten(jax.eval_shape(fn, *map(_shape, xs)))
+        if not found:
             raise ValueError(f"{name} returns no array")
-        outs = op(list(xs))
-        return jax.tree.unflatten(spec, outs)
+        if any(jnp.issubdtype(out.dtype, jnp.complexfloating) for out in found):
+            raise ValueError(f"{name} returns complex numbers, of whose gradients torch and JAX mean different things")
+        return jax.tree.unflatten(spec, op(list(xs)))
 
     return call
 

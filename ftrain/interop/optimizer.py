@@ -1,10 +1,11 @@
 """optax in the train step: a GradientTransformation in place of AdamW, on the sharded state."""
 
 import inspect
-import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from itertools import count
+from urllib.parse import quote
 from typing import Any
 
 import jax
@@ -21,7 +22,12 @@ from ..specs import ParamSpec, Specs, trainable
 from .elementwise import check_elementwise
 from .trees import from_jax, to_jax
 
-NUMBERS = "optax"  # the kind of what belongs to no parameter: counts, decays
+NUMBERS = "optax"  # the kind of what has no parameter's shape: counts, decays
+# Those of optax whose updates are a learning rate times something else: with another learning rate they are the same.
+KNOWN = (
+    "adabelief", "adadelta", "adam", "adamax", "adamaxw", "adamw", "adan", "amsgrad", "lamb", "lion", "nadam", "nadamw",
+    "novograd", "radam", "rmsprop", "sgd", "sign_sgd", "signum", "sm3", "yogi",
+)  # fmt: skip
 _names = count()  # an operator's name is its own for as long as the process lives
 
 
@@ -33,38 +39,40 @@ def from_optax(transform: optax.GradientTransformation) -> Optimizer:
     update writes there and to the parameters in place, after JAX has computed them, so that for a moment both are
     there twice.
     It runs on each rank's shards: where it would need more than an element at a time (a norm, a factored moment, a
-    matrix's orthogonalisation, random numbers) of a parameter that is sharded, ValueError names what does and the
-    parameter. Where nothing is sharded, everything goes. ValueError too for state that a checkpoint would not hold
-    exactly: floats of 64 bits, unsigned integers such as a random key.
+    matrix's orthogonalisation, random numbers) of a parameter that is sharded, or does something else for another size (a
+    mask by `x.size`), ValueError names what does and the parameter. Where nothing is sharded, everything goes. ValueError
+    too for state that a checkpoint would not hold exactly: floats of 64 bits, unsigned integers such as a random key.
+    Whole numbers are held exactly to 2^24.
     """
     calls: dict[tuple, Callable] = {}
 
     def kinds(specs: Specs) -> dict[str, dict[str, ParamSpec]]:
         found: dict[str, dict[str, ParamSpec]] = {}
         for (kind, name), leaf in _leaves(transform, _whole(specs)):
-            found.setdefault(kind, {})[name] = _spec(specs.get(name), leaf, kind, name)
+            found.setdefault(kind, {})[name] = _spec(None if kind == NUMBERS else specs[name], leaf, kind, name)
         return found
 
-    def init(specs: Specs, params: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    def init(specs: Specs, params: Mapping[str, Tensor], cut: Collection[str]) -> dict[str, dict[str, Tensor]]:
         kinds(specs)  # raises
         trained = {name: params[name] for name in trainable(specs)}
-        shapes = {name: _shape(t) for name, t in trained.items()}
-        check_elementwise(transform.init, [shapes], sorted(shapes), _sharded(specs, trained))
+        whole = _whole(specs)
+        check_elementwise(transform.init, [whole], [_parts(whole, cut)], sorted(whole), {*cut} & whole.keys())
+        device = next(iter(trained.values())).device
         state = transform.init({name: to_jax(t.detach(), copy=True) for name, t in trained.items()})
         places = [place for place, _ in _leaves(transform, _whole(specs))]
         values: dict[str, dict[str, Tensor]] = {}
         for (kind, name), leaf in zip(places, jax.tree.leaves(state), strict=True):
-            value = from_jax(leaf).clone()
+            value = from_jax(leaf).to(device).clone()
             values.setdefault(kind, {})[name] = value if value.ndim else value[None]
         return values
 
     def update_(
         lr: Tensor, specs: Specs, params: Mapping[str, Tensor], grads: Mapping[str, Tensor],
-        kept: Mapping[str, Mapping[str, Tensor]], scale: Tensor, apply: Tensor,
+        kept: Mapping[str, Mapping[str, Tensor]], scale: Tensor, apply: Tensor, cut: Collection[str],
     ) -> None:  # fmt: skip
-        key = tuple((name, tuple(params[name].shape), tuple(specs[name].shape), specs[name].lr) for name in grads)
+        key = tuple((n, tuple(params[n].shape), tuple(specs[n].shape), specs[n].lr, n in cut) for n in grads)
         if key not in calls:
-            calls[key] = _operator(transform, specs, {name: params[name] for name in grads})
+            calls[key] = _operator(transform, specs, {name: params[name] for name in grads}, cut)
         places = [place for place, _ in _leaves(transform, _whole(specs))]
         held = [kept[kind][name] for kind, name in places]
         calls[key]([params[name] for name in grads], list(grads.values()), held, lr, scale, apply)
@@ -72,24 +80,31 @@ def from_optax(transform: optax.GradientTransformation) -> Optimizer:
     return Optimizer(kinds, init, update_)
 
 
-def _operator(transform: optax.GradientTransformation, specs: Specs, params: Mapping[str, Tensor]) -> Callable:
+def _operator(
+    transform: optax.GradientTransformation, specs: Specs, params: Mapping[str, Tensor], cut: Collection[str]
+) -> Callable:
     """The update as one operator of the graph, which writes in place, for these parameters of a rank."""
     names = list(params)
     leaves_of_whole = _leaves(transform, _whole(specs))
     places = [place for place, _ in leaves_of_whole]
-    structure = jax.tree.structure(jax.eval_shape(transform.init, _whole(specs)))
-    local = {name: _shape(t) for name, t in params.items()}
-    state = jax.eval_shape(transform.init, local)
-    sharded = _sharded(specs, params)
-    for ((kind, name), whole), piece in zip(leaves_of_whole, jax.tree.leaves(state), strict=True):
-        if name not in names and whole.shape != piece.shape:
+    whole = _whole(specs)
+    part = _parts(whole, cut)  # of any rank: all ranks are to refuse the same
+    structure = jax.tree.structure(jax.eval_shape(transform.init, whole))
+    of_whole, of_part, state = (
+        jax.eval_shape(transform.init, shapes) for shapes in (whole, part, {n: _shape(t) for n, t in params.items()})
+    )
+    for ((kind, name), large), small in zip(leaves_of_whole, jax.tree.leaves(of_part), strict=True):
+        if kind == NUMBERS and large.shape != small.shape:
             raise ValueError(
-                f"the optimizer keeps {kind}, {name}, of shape {list(whole.shape)}, which is not its parameter's: with a "
-                "plan that shards that parameter it would be another optimizer"
+                f"the optimizer keeps {name} of shape {list(large.shape)}, which is not its parameter's: with a plan that "
+                "shards that parameter it would be another optimizer"
             )
     of_trees = sorted(names)  # the order of JAX's dicts
-    of = [*of_trees, *(name if name in names else None for _, name in places), *of_trees]
-    check_elementwise(lambda g, s, p: transform.update(g, s, p), [local, state, local], of, sharded)
+    of = [*of_trees, *(None if kind == NUMBERS else name for kind, name in places), *of_trees]
+    check_elementwise(
+        lambda g, s, p: transform.update(g, s, p), [whole, of_whole, whole], [part, of_part, part], of,
+        {*cut} & whole.keys(),
+    )  # fmt: skip
     factors = [specs[name].lr for name in names]
 
     @jax.jit
@@ -130,24 +145,36 @@ def _shape(t: Tensor) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(t.shape), jnp.dtype(str(t.dtype).removeprefix("torch.")))
 
 
-def _sharded(specs: Specs, params: Mapping[str, Tensor]) -> set[str]:
-    return {name for name, t in params.items() if tuple(t.shape) != tuple(specs[name].shape)}
+def _parts(whole: Mapping[str, jax.ShapeDtypeStruct], cut: Collection[str]) -> dict[str, jax.ShapeDtypeStruct]:
+    """With small parameters in place of those that are cut."""
+    return {
+        name: jax.ShapeDtypeStruct(tuple(min(n, 2) if n != 2 else 1 for n in of.shape), of.dtype) if name in cut else of
+        for name, of in whole.items()
+    }
 
 
 def _leaves(
     transform: optax.GradientTransformation, whole: Mapping[str, jax.ShapeDtypeStruct]
 ) -> list[tuple[tuple[str, str], jax.ShapeDtypeStruct]]:
     """Of each leaf of the state: its kind and name, and its shape for whole parameters. What has a parameter's shape, at
-    that parameter's place in a tree of them, has its name."""
+    that parameter's place in a tree of them, has its name; all else is of the kind NUMBERS. Raises ValueError for two of
+    one name."""
     found = []
     for path, leaf in tree_flatten_with_path(jax.eval_shape(transform.init, dict(whole)))[0]:
         last = path[-1] if path else None
         if isinstance(last, DictKey) and last.key in whole and leaf.shape == whole[last.key].shape:
-            kind = re.sub(r"\W+", ".", keystr(path[:-1])).strip(".")
-            found.append(((f"{NUMBERS}.{kind}", last.key), leaf))
+            found.append(((_dotted(path[:-1]), last.key), leaf))
         else:
-            found.append(((NUMBERS, re.sub(r"\W+", ".", keystr(path)).strip(".")), leaf))
+            found.append(((NUMBERS, _dotted(path)), leaf))
+    places = Counter(place for place, _ in found)
+    if twice := [name for (_, name), n in places.items() if n > 1]:
+        raise ValueError(f"the optimizer keeps two tensors called {twice[0]}: give its parts other labels")
     return found
+
+
+def _dotted(path: tuple) -> str:
+    """A place in the state, fit for a file's name."""
+    return f"{NUMBERS}.{quote(keystr(path, simple=True, separator='.'), safe='.')}"
 
 
 def _spec(param: ParamSpec | None, leaf: jax.ShapeDtypeStruct, kind: str, name: str) -> ParamSpec:
@@ -164,7 +191,7 @@ def find_optimizer(cfg: TrainConfig, specs: Specs) -> tuple[Optimizer, str]:
     """`--optimizer optax:NAME`, an optimizer of optax, or `optax:FILE.py:FUNCTION`, which takes the specs and returns a
     transformation; and it in words.
 
-    One of optax has learning rate 1, for the schedule is ours, and of beta1, beta2, eps and weight_decay (of what
+    One of optax (KNOWN) has learning rate 1, for the schedule is ours, and of beta1, beta2, eps and weight_decay (of what
     decays) those that it knows. Raises ValueError naming what is valid.
     """
     which = cfg.optimizer.removeprefix("optax:")
@@ -179,19 +206,22 @@ def find_optimizer(cfg: TrainConfig, specs: Specs) -> tuple[Optimizer, str]:
         if not isinstance(transform, optax.GradientTransformation | optax.GradientTransformationExtraArgs):
             raise ValueError(f"--optimizer {cfg.optimizer}: {function} returns {transform!r}, and no GradientTransformation")
         return from_optax(transform), words
-    known = {name: takes for name in dir(optax) if "learning_rate" in (takes := _parameters(getattr(optax, name)))}
+    known = [name for name in KNOWN if hasattr(optax, name)]
     if which not in known:
-        near = did_you_mean(which, list(known))
+        near = did_you_mean(which, known)
         raise ValueError(
-            f"--optimizer {cfg.optimizer}: optax has no such optimizer{near} (valid: adamw; optax: and {', '.join(known)}, "
-            "or FILE.py:FUNCTION)"
+            f"--optimizer {cfg.optimizer}: no optimizer that is known to be the same under our learning rate{near} (valid: "
+            f"adamw; optax: and {', '.join(known)}, or FILE.py:FUNCTION)"
         )
+    takes = inspect.signature(getattr(optax, which)).parameters
     decays = {name: spec.decay for name, spec in trainable(specs).items()}
-    ours = {"b1": cfg.beta1, "b2": cfg.beta2, "eps": cfg.eps, "weight_decay": cfg.weight_decay, "mask": decays}
-    given = {"learning_rate": 1.0} | {key: value for key, value in ours.items() if key in known[which]}
-    said = ", ".join(f"{key}={value}" for key, value in given.items() if key not in ("learning_rate", "mask"))
-    return from_optax(getattr(optax, which)(**given)), f"optax.{which}({said})"
-
-
-def _parameters(fn: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(fn).parameters) if inspect.isfunction(fn) else ()
+    ours: dict[str, Any] = {"b1": cfg.beta1, "b2": cfg.beta2, "eps": cfg.eps, "weight_decay": cfg.weight_decay}
+    ours |= {"mask": decays, "weight_decay_mask": decays}
+    if "weight_decay" in takes and not {"mask", "weight_decay_mask"} & takes.keys() and cfg.weight_decay:
+        raise ValueError(
+            f"--optimizer {cfg.optimizer} --weight-decay {cfg.weight_decay:g}: it would decay norms and biases too, and "
+            "cannot be told not to: --weight-decay 0"
+        )
+    given = {key: value for key, value in ours.items() if key in takes}
+    said = ", ".join(f"{key}={value}" for key, value in given.items() if not key.endswith("mask"))
+    return from_optax(getattr(optax, which)(learning_rate=1.0, **given)), f"optax.{which}({said})"
