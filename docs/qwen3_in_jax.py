@@ -60,5 +60,6 @@ def loss_of(params, ids, cfg, dtype):
         x = x + attention(q, k, v) @ w["self_attn.o_proj"].T
         h = rms_norm(x, w["post_attention_layernorm"], eps)
         x = x + (jax.nn.silu(h @ w["mlp.gate_proj"].T) * (h @ w["mlp.up_proj"].T)) @ w["mlp.down_proj"].T
-    logits = (rms_norm(x, p["model.norm.weight"], eps) @ embedding.T)[:, :-1].astype(jnp.float32)
+    unembedding = p.get("lm_head.weight", embedding)
+    logits = (rms_norm(x, p["model.norm.weight"], eps) @ unembedding.T)[:, :-1].astype(jnp.float32)
     return (jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, ids[:, 1:, None], -1)[..., 0]).mean()

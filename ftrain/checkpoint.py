@@ -2,7 +2,7 @@
 
     OUT/checkpoints/step-N/
         config.json, tokenizer files, model-*.safetensors, model.safetensors.index.json
-        train_state/mu-*.safetensors, nu-*.safetensors and their indices; of optax, optax.*.safetensors
+        train_state/mu-*.safetensors, nu-*.safetensors and their indices; of optax, optax*-*.safetensors
         train_state/train_state.json    step, data position, random state and what the caller adds
         train_state/manifest.json       size and crc32 of every file that `restore` reads
 
@@ -38,7 +38,7 @@ from .optim import Optimizer
 from .pretrained import FILE_BYTES, hf_config
 from .safetensors_io import Layout, make_header, make_index, read_values, stem_for, write_file
 from .specs import ParamSpec, Specs, stored, to_stored, trainable, zeros
-from .state import State, gather_to, make_state, own_slices
+from .state import State, gather_to, kept_by_optimizer, make_state, own_slices
 
 INDEX = ".safetensors.index.json"
 _MESSAGE = 2048  # bytes of an error message sent to the other ranks
@@ -106,10 +106,9 @@ def kinds(specs: Specs, kept: str | Optimizer = "fp32") -> dict[str, dict[str, P
 
 def kinds_of(state: State, specs: Specs) -> dict[str, dict[str, ParamSpec]]:
     """`kinds`, of what a state has."""
-    if state.mu:
-        return kinds(specs)
     return {"model": dict(specs)} | {
-        kind: {name: ParamSpec(tuple(t.shape), zeros) for name, t in of.items()} for kind, of in state.extra.items()
+        kind: {name: ParamSpec(tuple(t.shape), zeros) for name, t in of.items()}
+        for kind, of in kept_by_optimizer(state).items()
     }
 
 
@@ -226,7 +225,7 @@ def write_share(tmp: Path, state: State, files: list[File], rank: int) -> dict[s
             for _ in tensors:  # after a failure the gathers go on, since other ranks take part in them
                 pass
 
-    held = {"model": state.params, "mu": state.mu, "nu": state.nu, **state.extra}
+    held = {"model": state.params, **kept_by_optimizer(state)}
     turns: dict[int, list[tuple[File, str]]] = {}
     for file in files:
         turns.setdefault(file.rank, []).extend((file, name) for name in file.specs)
@@ -279,7 +278,7 @@ def restore(
         }
         meta = read_json(directory / TRAIN_STATE / "train_state.json")
         state = make_state(specs, placements, mesh, values["model"], kept)
-        for kind, moments in {"mu": state.mu, "nu": state.nu, **state.extra}.items():
+        for kind, moments in kept_by_optimizer(state).items():
             for name, moment in moments.items():
                 spec = of_kinds[kind][name]
                 piece = values[kind](name, spec, own_slices(spec.shape, moment.placements, mesh))

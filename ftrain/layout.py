@@ -68,6 +68,11 @@ def check_placements(name: str, shape: Sequence[int], placements: object, dims: 
     return tuple(out)
 
 
+def cut(placements: Placements, sizes: Sequence[int]) -> set[str]:
+    """The tensors of which the ranks of a mesh of `sizes` hold parts."""
+    return {n for n, of in placements.items() if any(p.is_shard() and size > 1 for p, size in zip(of, sizes, strict=True))}
+
+
 class Pieces:
     """How one tensor is cut over the ranks of a group, and put together again.
 

@@ -47,10 +47,11 @@ def main(cfg: PlanConfig) -> int:
     a time. Raises ValueError as `planning.asked`.
     """
     of = asked(cfg)
-    meshes = list(candidates(cfg, cfg.world_size or sizes(cfg)[0].size * cfg.mesh.replica, has_experts(of.model)))
+    world = cfg.world_size or sizes(cfg)[0].size * cfg.mesh.replica
+    meshes = list(candidates(cfg, world, has_experts(of.model)))
     if not meshes:
         raise ValueError(
-            f"--batch-size {cfg.batch_size}: too few sequences for {cfg.world_size} ranks, at most 64 to a sequence: give more "
+            f"--batch-size {cfg.batch_size}: too few sequences for {world} ranks, at most 64 to a sequence: give more "
             "of them, or fewer ranks"
         )
     found, tried = explore(meshes, say=progress())
@@ -133,7 +134,7 @@ def judged(cfg: PlanConfig, seen: Estimate, of: Asked) -> Tried:
 
 
 def candidates(cfg: PlanConfig, world: int, experts: bool) -> Iterator[PlanConfig]:
-    """Powers of two, and what is left for fsdp; ep where there are experts. Where the batch is given, those that leave
+    """Powers of two to 64, and what is left for fsdp; ep where there are experts. Where the batch is given, those that leave
     no rank without a row."""
     powers = [2**i for i in range(world.bit_length()) if world % 2**i == 0 and 2**i <= 64]
     for sp, ep in product(powers, powers if experts else [1]):

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement, Shard
 
 from .collectives import Group, all_gather, all_to_all, group_over
-from .layout import Pieces, Placements, shard_slices
+from .layout import Pieces, Placements, cut, shard_slices
 from .moments import Coded, blocks, dtypes, read
 from .optim import Optimizer
 from .specs import ParamSpec, Specs, trainable
@@ -28,6 +28,11 @@ class State(NamedTuple):
     nu: dict[str, DTensor | Coded]
     step: Tensor
     extra: dict[str, dict[str, DTensor]] = {}
+
+
+def kept_by_optimizer(state: State) -> dict[str, dict[str, DTensor | Coded]]:
+    """Kind -> name -> tensor."""
+    return {"mu": state.mu, "nu": state.nu} if state.mu else dict(state.extra)
 
 
 def place(piece: Tensor, shape: tuple[int, ...], placements: tuple[Placement, ...], mesh: DeviceMesh) -> DTensor:
@@ -48,9 +53,9 @@ def own_slices(shape: tuple[int, ...], placements: tuple[Placement, ...], mesh: 
 def _pieces(t: DTensor | Coded) -> tuple[list[int], Pieces, Group]:
     """The mesh dimensions that cut a tensor, its pieces, and the group of ranks that hold them."""
     mesh = t.device_mesh
-    cut = [i for i, placement in enumerate(t.placements) if placement.is_shard() and mesh.shape[i] > 1]
-    pieces = Pieces(t.shape, [t.placements[i].dim for i in cut], [mesh.shape[i] for i in cut])
-    return cut, pieces, group_over(mesh, [mesh.mesh_dim_names[i] for i in cut])
+    dims = [i for i, placement in enumerate(t.placements) if placement.is_shard() and mesh.shape[i] > 1]
+    pieces = Pieces(t.shape, [t.placements[i].dim for i in dims], [mesh.shape[i] for i in dims])
+    return dims, pieces, group_over(mesh, [mesh.mesh_dim_names[i] for i in dims])
 
 
 def whole(t: DTensor | Coded) -> Tensor:
@@ -69,11 +74,11 @@ def gather_to(t: DTensor | Coded, rank: int) -> Tensor | None:
     for n in reversed(mesh.shape):
         rank, at = divmod(rank, n)
         there.insert(0, at)
-    cut, pieces, group = _pieces(t)
-    if any(mesh.get_coordinate()[i] != at for i, at in enumerate(there) if i not in cut):
+    dims, pieces, group = _pieces(t)
+    if any(mesh.get_coordinate()[i] != at for i, at in enumerate(there) if i not in dims):
         return None  # among these ranks are copies of the pieces, but not the one to receive them
     receiver = 0
-    for i in cut:
+    for i in dims:
         receiver = receiver * mesh.shape[i] + there[i]
     here = group.rank == receiver
     sent = [pieces.numel * (r == receiver) for r in range(group.size)]
@@ -112,8 +117,8 @@ def make_state(
     step = torch.zeros((), dtype=torch.int64, device=device)
     if isinstance(kept, str):
         return State(params, zeros(0), zeros(1), step)
-    cut = {n for n, p in params.items() if any(s.is_shard() and k > 1 for s, k in zip(p.placements, mesh.shape))}
-    first, of = kept.init(specs, {name: param.to_local() for name, param in params.items()}, cut), kept.kinds(specs)
+    local = {name: param.to_local() for name, param in params.items()}
+    first, of = kept.init(specs, local, cut(placements, mesh.shape)), kept.kinds(specs)
     whole_everywhere = (Replicate(),) * mesh.ndim
     extra = {
         kind: {n: place(t, of[kind][n].shape, placements.get(n, whole_everywhere), mesh) for n, t in tensors.items()}
@@ -132,8 +137,8 @@ def _zeros(param: DTensor, dtype: torch.dtype) -> DTensor | Coded:
     first = shard_slices(param.shape, placements, mesh.shape, [0] * mesh.ndim)
     n = blocks(math.prod(s.stop - s.start for s in first))
     ranks = math.prod(size for size, p in zip(mesh.shape, placements) if p.is_shard())
-    cut = tuple(Shard(0) if p.is_shard() else p for p in placements)
-    return Coded(kept, place(torch.zeros(n, device=param.to_local().device), (n * ranks,), cut, mesh))
+    same = tuple(Shard(0) if p.is_shard() else p for p in placements)
+    return Coded(kept, place(torch.zeros(n, device=param.to_local().device), (n * ranks,), same, mesh))
 
 
 def init_state(specs: Specs, placements: Placements, mesh: DeviceMesh, seed: int, kept: str | Optimizer = "fp32") -> State:

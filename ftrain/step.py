@@ -1,4 +1,4 @@
-"""The train step: forward, backward, clipping and AdamW, as one graph whose buffers are updated in place."""
+"""The train step: forward, backward, clipping and update, as one graph whose buffers are updated in place."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from .state import State, place
 @dataclass(frozen=True)
 class Recipe:
     """What is minimised, and how. router_aux, router_z: coefficients of the router's losses. optimizer: what takes the
-    place of AdamW, of which `lr` and `clip` hold still."""
+    place of AdamW; of `adam`, only `lr` and `clip` then apply."""
 
     adam: AdamW = AdamW()
     schedule: Schedule = Schedule(steps=1000)
@@ -147,6 +147,8 @@ def make_train_step(
     if not trained:
         raise ValueError("every parameter is frozen: there is nothing to train")
 
+    parted = {name for name, copies in sharding.copies.items() if copies < sharding.world.size}
+
     def graph(params, mu, nu, extra, total, step, batch, totals, last, so_far):
         grads, parts, routed = gradients(model, sharding, ops, recipe, params, batch, totals)
         if accumulate > 1:
@@ -162,12 +164,11 @@ def make_train_step(
                 update_(adam, lr, model.specs, params, grads, mu, nu, step, norm, apply)
             else:
                 scale = clipping(norm, adam.clip)
-                recipe.optimizer.update_(lr, model.specs, params, grads, extra, scale, apply, cut)
+                recipe.optimizer.update_(lr, model.specs, params, grads, extra, scale, apply, parted)
             step.add_(apply.to(step.dtype))
         metrics = sums | {"grad_norm": norm, "lr": lr, "finite": finite}
         return metrics if routed is None else metrics | {"expert_counts": routed}
 
-    cut = {name for name, copies in sharding.copies.items() if copies < sharding.world.size}
     run = one_graph(graph, mode)
     count_experts = make_eval_step(model, sharding, ops, mode)
     buffers: dict[str, Tensor] = {}

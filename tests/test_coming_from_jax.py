@@ -1,4 +1,4 @@
-"""docs/coming-from-jax.md: its lines run, one after the other, and every row of its table is among them."""
+"""docs/coming-from-jax.md: its lines run, one after the other; the rows of its table that have lines are named."""
 
 import re
 from pathlib import Path

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from ftrain import checkpoint, interop
 from ftrain.disk import Corrupt
-from ftrain.equivalence import random_batch, shrink, values
+from ftrain.equivalence import shrink, values
 from ftrain.graph import one_graph
 from ftrain.interop import checkpoints, from_jax, from_jax_fn, load_params, load_state, partition_specs, save_state, to_jax
 from ftrain.job import make_job
@@ -24,7 +24,6 @@ from ftrain.mesh import AXES, Mesh
 from ftrain.model import find_model
 from ftrain.ops import fill_batch, plain
 from ftrain.plan import find_plan, plan_names
-from ftrain.pretrained import export
 from ftrain.specs import ParamSpec, normal, ones
 from ftrain.state import State, make_state
 from ftrain.step import Recipe, make_gradients
@@ -228,6 +227,8 @@ def test_states_that_are_not_whole_are_named(written):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             save_state(written.out, state._replace(**changed), model, meta)
+    with pytest.raises(ValueError, match="which `optimizer`"):
+        save_state(written.out, state._replace(mu={}, nu={}, extra={"optax": {"optax.0.count": jnp.ones(1)}}), model)
     with pytest.raises(ValueError, match="not JSON"):
         save_state(written.out, state, model, meta | {"sequences": jnp.ones(())})
     file = next(written.path.glob("train_state/mu-*.safetensors"))

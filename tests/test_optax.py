@@ -1,5 +1,6 @@
 """optax in the train step: as AdamW, on any mesh, from checkpoint to checkpoint, or refused by name."""
 
+import collections
 import subprocess
 
 import optax
@@ -24,6 +25,7 @@ from ftrain.step import Recipe, make_train_step
 
 jnp = jax.numpy
 MODEL = find_model(shrink(find_model("qwen3-moe-tiny").hf))
+SIZES = collections.defaultdict(lambda: jnp.ones(()) * 2, {1: jnp.ones(()), 4: jnp.ones(())})
 ADAM = AdamW(lr=0.1, eps=0.003, clip=0.5)
 SCHEDULE = Schedule(steps=10, warmup=2)
 DECAYS = {name: spec.decay for name, spec in MODEL.specs.items()}
@@ -114,6 +116,7 @@ def test_shards_are_updated_as_the_whole(name, mesh):
         (lambda: optax.chain(optax.centralize(), optax.sgd(1.0)), "centralize"),
         (lambda: optax.adamw(1.0, mask=lambda p: jax.tree.map(lambda x: x.size > 300, p)), "by its size or shape"),
         (lambda: optax.stateless(lambda g, p: jax.tree.map(lambda x: x / x.size**0.5, g)), "by its size or shape"),
+        (lambda: optax.stateless(lambda g, p: jax.tree.map(lambda x: x * jnp.asarray(SIZES[x.size]), g)), "size|mul"),
         (lambda: optax.stateless(lambda g, p: jax.tree.map(lambda x: x / jnp.ones(x.shape).sum(), g)), "reduce_sum|div|size"),
         (lambda: optax.GradientTransformation(
             lambda p: jax.tree.map(lambda x: jnp.full(x.shape, 1 / x.shape[0]), p), lambda g, s, p=None: (g, s)

@@ -6,8 +6,9 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memor
 
 try:
     import jax  # noqa: F401
+    import optax  # noqa: F401
 except ImportError as error:
-    raise ImportError("ftrain.interop needs JAX: pip install 'ftrain[jax]'") from error
+    raise ImportError("ftrain.interop needs JAX and optax: pip install 'ftrain[jax]'") from error
 
 from .checkpoints import load_params, load_state, save_state
 from .functions import from_jax_fn

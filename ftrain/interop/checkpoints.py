@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from ..mesh import Mesh, device_mesh
 from ..model import Model
 from ..safetensors_io import Values, read_index, read_values, values_from
 from ..specs import ParamSpec, Specs, zeros
-from ..state import State, make_state, place
+from ..state import State, kept_by_optimizer, place
 from .trees import to_jax
 
 Shardings = Mapping[str, NamedSharding]
@@ -70,26 +69,19 @@ def save_state(
 ) -> Path:  # fmt: skip
     """Write a state of jax.Arrays as OUT/checkpoints/step-N, from which `python -m ftrain --out OUT` goes on.
 
-    meta: what `load_state` gave, with `sequences` for how many of the data were seen since. tokenizer: writes a
-    tokenizer's files into a directory. Holds the state once more, in fp32.
+    meta: what `load_state` gave, with `sequences` for how many of the data were seen since; of another optimizer than
+    AdamW, `optimizer` as the flag has it. tokenizer: writes a tokenizer's files into a directory. Holds the state once
+    more, in fp32.
     Raises ValueError for an array of which another process holds a part, or that has not its parameter's shape, for a
     state that is no whole one, and for a meta that is not JSON; OSError as `checkpoint.save`.
     """
-    of_optimizer = {"mu": state.mu, "nu": state.nu} if state.mu else state.extra
     _check_whole(state, model)
+    if state.extra and "optimizer" not in meta:
+        raise ValueError("meta does not say of which `optimizer` the state is, as the flag has it: optax:lion")
     try:
         json.dumps(dict(meta))
     except TypeError as error:
         raise ValueError(f"meta is not JSON: {error}") from None
-    for kind, arrays in {"params": state.params, **of_optimizer}.items():
-        for name, array in arrays.items():
-            if not array.is_fully_addressable:
-                raise ValueError(f"{kind}, {name}: other processes hold parts of it; gather it on one first")
-            expected = model.specs[name].shape if name in model.specs else array.shape
-            if tuple(array.shape) != tuple(expected):
-                raise ValueError(f"{kind}, {name} has shape {list(array.shape)}, the model says {list(expected)}")
-    if state.mu:  # what has no moments is frozen
-        model = replace(model, specs={n: s if n in state.mu else replace(s, lr=0.0) for n, s in model.specs.items()})
     with _one_rank() as mesh, _random_state(meta):
         nowhere = (Replicate(),) * mesh.ndim
 
@@ -97,13 +89,10 @@ def save_state(
             values = {name: _tensor(array) for name, array in arrays.items()}
             return {name: place(value, tuple(value.shape), nowhere, mesh) for name, value in values.items()}
 
-        whole = make_state(
-            model.specs, dict.fromkeys(model.specs, nowhere), mesh,
-            lambda name, spec, slices: _tensor(state.params[name])[slices],
+        whole = State(
+            placed({name: state.params[name] for name in model.specs}), placed(state.mu), placed(state.nu),
+            torch.tensor(int(state.step)), {kind: placed(arrays) for kind, arrays in state.extra.items()},
         )  # fmt: skip
-        whole.step.fill_(int(state.step))
-        kept = {kind: placed(arrays) for kind, arrays in of_optimizer.items()}
-        whole = whole._replace(**kept) if state.mu else whole._replace(mu={}, nu={}, extra=kept)
         return checkpoint.save(out, whole, model, {"sequences": 0, "seed": 0, "data": "", **meta}, tokenizer)
 
 
@@ -116,6 +105,13 @@ def _check_whole(state: State, model: Model) -> None:
             raise ValueError(f"the state has {kind} of {', '.join(strange[:3])}, which the model does not declare")
     if state.mu.keys() != state.nu.keys():
         raise ValueError(f"mu and nu are not of the same parameters: {', '.join(sorted(state.mu.keys() ^ state.nu.keys())[:3])}")
+    for kind, arrays in {"params": state.params, **kept_by_optimizer(state)}.items():
+        for name, array in arrays.items():
+            if not array.is_fully_addressable:
+                raise ValueError(f"{kind}, {name}: other processes hold parts of it; gather it on one first")
+            expected = model.specs[name].shape if name in model.specs else array.shape
+            if tuple(array.shape) != tuple(expected):
+                raise ValueError(f"{kind}, {name} has shape {list(array.shape)}, the model says {list(expected)}")
     if state.extra and state.mu:
         raise ValueError("a state has AdamW's mu and nu, or `extra` of another optimizer: not both")
 

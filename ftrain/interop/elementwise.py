@@ -9,16 +9,16 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 # Operators whose result, at each place, comes from their operands' elements at that place.
 ELEMENTWISE = frozenset(
-    "abs add add_any and atan2 cbrt ceil clamp convert_element_type copy copy_p cos cosh div eq erf erf_inv erfc exp exp2 "
+    "abs add add_any and atan2 cbrt ceil clamp convert_element_type copy cos cosh div eq erf erf_inv erfc exp exp2 "
     "expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow "
     "reduce_precision rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor".split()
 )
-CALLS = frozenset("jit pjit closed_call core_call remat checkpoint custom_jvp_call custom_vjp_call".split())
+CALLS = frozenset("jit closed_call remat2 custom_jvp_call custom_vjp_call".split())
 
 
 class _Origin(NamedTuple):
     """What is known of a value. sharded: the cut parameters that it is of, at each place of that place. uniform: one
-    number everywhere. free: the same array whatever is cut."""
+    number everywhere, the same whatever is cut. free: the same array whatever is cut."""
 
     sharded: frozenset[str]
     uniform: bool
@@ -66,7 +66,8 @@ def _walk(part: ClosedJaxpr, whole: ClosedJaxpr, arguments: Sequence[_Origin], w
         pairs = zip(part.jaxpr.eqns, whole.jaxpr.eqns)
         first = next((a for a, b in pairs if a.primitive is not b.primitive), None)
         raise _Different((first, *within) if first is not None else within)
-    consts = [_Origin(frozenset(), not getattr(c, "ndim", 0), _equal(c, d)) for c, d in zip(part.consts, whole.consts)]
+    same = [(c, _equal(c, d)) for c, d in zip(part.consts, whole.consts)]
+    consts = [_Origin(frozenset(), free and not getattr(c, "ndim", 0), free) for c, free in same]
     origin = dict(zip([*part.jaxpr.constvars, *part.jaxpr.invars], [*consts, *arguments], strict=True))
     twin = dict(zip([*whole.jaxpr.constvars, *whole.jaxpr.invars], [*part.jaxpr.constvars, *part.jaxpr.invars], strict=True))
 

@@ -1,7 +1,6 @@
 """JAX functions as differentiable torch operators."""
 
 from collections.abc import Callable, Sequence
-from itertools import count
 from typing import Any
 
 import jax
@@ -11,9 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..outline import exact
+from .operators import aligned, shape_of, unique
 from .trees import from_jax, to_jax
-
-_numbers = count()  # an operator's name is its own for as long as the process lives
 
 
 def from_jax_fn(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,7 +45,7 @@ def from_jax_fn(fn: Callable[..., Any]) -> Callable[..., Any]:
 def _operator(fn: Callable, name: str) -> Callable[[Sequence[Tensor]], Any]:
     """Of a function of arrays. What it returns is found out by shape alone, at the first call with each."""
     stem = "".join(c if c.isalnum() and c.isascii() else "_" for c in name)
-    unique = f"ftrain::jax_{stem}_{next(_numbers)}"
+    op_name = unique(f"jax_{stem}")
     forward = jax.jit(lambda *xs: jax.tree.leaves(fn(*xs)))
 
     @jax.jit
@@ -63,15 +61,15 @@ def _operator(fn: Callable, name: str) -> Callable[[Sequence[Tensor]], Any]:
         found = iter(jax.vjp(of_learning, *(xs[i] for i in learning))[1](above))
         return [next(found) if i in learning else jnp.zeros_like(x) for i, x in enumerate(xs)]
 
-    @torch.library.custom_op(unique, mutates_args=())
+    @torch.library.custom_op(op_name, mutates_args=())
     def op(xs: list[Tensor]) -> list[Tensor]:
         return _run(lambda arrays: forward(*arrays), xs)
 
     @op.register_fake
     def _(xs):
-        return [_like(out, xs) for out in jax.eval_shape(forward, *map(_shape, xs))]
+        return [_like(out, xs) for out in jax.eval_shape(forward, *map(_known, xs))]
 
-    @torch.library.custom_op(f"{unique}_backward", mutates_args=())
+    @torch.library.custom_op(f"{op_name}_backward", mutates_args=())
     def backward(xs: list[Tensor], above: list[Tensor]) -> list[Tensor]:
         return _run(gradient, xs, above)
 
@@ -97,7 +95,7 @@ def _operator(fn: Callable, name: str) -> Callable[[Sequence[Tensor]], Any]:
     op.register_autograd(of_gradients, setup_context=setup)
 
     def call(xs: Sequence[Tensor]):
-        found, spec = jax.tree.flatten(jax.eval_shape(fn, *map(_shape, xs)))
+        found, spec = jax.tree.flatten(jax.eval_shape(fn, *map(_known, xs)))
         if not found:
             raise ValueError(f"{name} returns no array")
         if any(jnp.issubdtype(out.dtype, jnp.complexfloating) for out in found):
@@ -111,12 +109,12 @@ def _learns(t: Tensor) -> bool:
     return t.dtype.is_floating_point
 
 
-def _shape(x: Tensor) -> jax.ShapeDtypeStruct:
+def _known(x: Tensor) -> jax.ShapeDtypeStruct:
     if any(not isinstance(n, int) for n in x.shape):
         raise ValueError(f"a JAX function is given {tuple(x.shape)}: sizes must be known, and not depend on data")
     if x.dtype.is_complex:
         raise ValueError(f"a JAX function is given {x.dtype}: torch and JAX mean different gradients of complex numbers")
-    return jax.ShapeDtypeStruct(tuple(x.shape), jnp.dtype(str(x.dtype).removeprefix("torch.")))
+    return shape_of(x)
 
 
 def _like(out: jax.ShapeDtypeStruct, xs: Sequence[Tensor]) -> Tensor:
@@ -125,7 +123,7 @@ def _like(out: jax.ShapeDtypeStruct, xs: Sequence[Tensor]) -> Tensor:
 
 def _run(fn: Callable, *given: Sequence[Tensor]) -> list[Tensor]:
     """`fn` of the arrays in lists of tensors -> tensors of their own: JAX may hand on what it was given."""
-    taken = [[_taken(x) for x in xs] for xs in given]
+    taken = [[aligned(x) for x in xs] for xs in given]
     outs = from_jax(jax.block_until_ready(fn(*(to_jax(xs) for xs in taken))))
     seen = {x.data_ptr() for xs in taken for x in xs if x.numel()}
     result = []
@@ -133,11 +131,3 @@ def _run(fn: Callable, *given: Sequence[Tensor]) -> list[Tensor]:
         result.append(out.clone() if out.numel() and out.data_ptr() in seen else out)
         seen.add(result[-1].data_ptr())
     return result
-
-
-def _taken(x: Tensor) -> Tensor:
-    """In a form that JAX takes as it is."""
-    x = x.detach()
-    if not x.is_contiguous() or x.data_ptr() % 64:
-        x = x.clone(memory_format=torch.contiguous_format)
-    return x

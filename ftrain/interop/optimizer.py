@@ -4,9 +4,8 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from itertools import count
-from urllib.parse import quote
 from typing import Any
+from urllib.parse import quote
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,9 @@ from torch import Tensor
 from ..config import TrainConfig, did_you_mean
 from ..files import import_file
 from ..optim import Optimizer
-from ..specs import ParamSpec, Specs, trainable
+from ..specs import ParamSpec, Specs, trainable, zeros
 from .elementwise import check_elementwise
+from .operators import aligned, shape_of, unique
 from .trees import from_jax, to_jax
 
 NUMBERS = "optax"  # the kind of what has no parameter's shape: counts, decays
@@ -28,7 +28,6 @@ KNOWN = (
     "adabelief", "adadelta", "adam", "adamax", "adamaxw", "adamw", "adan", "amsgrad", "lamb", "lion", "nadam", "nadamw",
     "novograd", "radam", "rmsprop", "sgd", "sign_sgd", "signum", "sm3", "yogi",
 )  # fmt: skip
-_names = count()  # an operator's name is its own for as long as the process lives
 
 
 def from_optax(transform: optax.GradientTransformation) -> Optimizer:
@@ -59,7 +58,7 @@ def from_optax(transform: optax.GradientTransformation) -> Optimizer:
         check_elementwise(transform.init, [whole], [_parts(whole, cut)], sorted(whole), {*cut} & whole.keys())
         device = next(iter(trained.values())).device
         state = transform.init({name: to_jax(t.detach(), copy=True) for name, t in trained.items()})
-        places = [place for place, _ in _leaves(transform, _whole(specs))]
+        places = [place for place, _ in _leaves(transform, whole)]
         values: dict[str, dict[str, Tensor]] = {}
         for (kind, name), leaf in zip(places, jax.tree.leaves(state), strict=True):
             value = from_jax(leaf).to(device).clone()
@@ -73,9 +72,7 @@ def from_optax(transform: optax.GradientTransformation) -> Optimizer:
         key = tuple((n, tuple(params[n].shape), tuple(specs[n].shape), specs[n].lr, n in cut) for n in grads)
         if key not in calls:
             calls[key] = _operator(transform, specs, {name: params[name] for name in grads}, cut)
-        places = [place for place, _ in _leaves(transform, _whole(specs))]
-        held = [kept[kind][name] for kind, name in places]
-        calls[key]([params[name] for name in grads], list(grads.values()), held, lr, scale, apply)
+        calls[key](params, grads, kept, lr, scale, apply)
 
     return Optimizer(kinds, init, update_)
 
@@ -85,14 +82,14 @@ def _operator(
 ) -> Callable:
     """The update as one operator of the graph, which writes in place, for these parameters of a rank."""
     names = list(params)
-    leaves_of_whole = _leaves(transform, _whole(specs))
-    places = [place for place, _ in leaves_of_whole]
     whole = _whole(specs)
+    leaves_of_whole = _leaves(transform, whole)
+    places = [place for place, _ in leaves_of_whole]
     part = _parts(whole, cut)  # of any rank: all ranks are to refuse the same
-    structure = jax.tree.structure(jax.eval_shape(transform.init, whole))
     of_whole, of_part, state = (
-        jax.eval_shape(transform.init, shapes) for shapes in (whole, part, {n: _shape(t) for n, t in params.items()})
+        jax.eval_shape(transform.init, shapes) for shapes in (whole, part, {n: shape_of(t) for n, t in params.items()})
     )
+    structure = jax.tree.structure(of_whole)
     for ((kind, name), large), small in zip(leaves_of_whole, jax.tree.leaves(of_part), strict=True):
         if kind == NUMBERS and large.shape != small.shape:
             raise ValueError(
@@ -117,11 +114,11 @@ def _operator(
         choose = lambda new, old: [jnp.where(apply, n, o) for n, o in zip(new, old)]  # noqa: E731
         return choose(new, values), choose(kept, leaves)
 
-    @torch.library.custom_op(f"ftrain::optax_{next(_names)}_", mutates_args=("params", "kept"))
+    @torch.library.custom_op(unique("optax") + "_", mutates_args=("params", "kept"))
     def op(
         params: list[Tensor], grads: list[Tensor], kept: list[Tensor], lr: Tensor, scale: Tensor, apply: Tensor
     ) -> None:
-        arrays = to_jax([[_aligned(t) for t in of] for of in (params, grads, kept)])
+        arrays = to_jax([[aligned(t) for t in of] for of in (params, grads, kept)])
         found = from_jax(jax.block_until_ready(updated(*arrays, *to_jax([lr, scale, apply], copy=True))))
         torch._foreach_copy_([*params, *kept], [*found[0], *found[1]])
 
@@ -129,20 +126,14 @@ def _operator(
     def _(params, grads, kept, lr, scale, apply):
         return None
 
-    return op
+    def call(params, grads, kept, *numbers):
+        op([params[name] for name in names], [grads[name] for name in names], [kept[k][n] for k, n in places], *numbers)
 
-
-def _aligned(t: Tensor) -> Tensor:
-    t = t.detach()
-    return t if t.is_contiguous() and t.data_ptr() % 64 == 0 else t.clone(memory_format=torch.contiguous_format)
+    return call
 
 
 def _whole(specs: Specs) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in trainable(specs).items()}
-
-
-def _shape(t: Tensor) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(tuple(t.shape), jnp.dtype(str(t.dtype).removeprefix("torch.")))
 
 
 def _parts(whole: Mapping[str, jax.ShapeDtypeStruct], cut: Collection[str]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -181,7 +172,7 @@ def _spec(param: ParamSpec | None, leaf: jax.ShapeDtypeStruct, kind: str, name: 
     if str(leaf.dtype) not in ("float32", "bfloat16", "float16", "int32", "int16", "int8", "bool"):
         raise ValueError(f"the optimizer keeps {kind}, {name}, as {leaf.dtype}, which a checkpoint would not hold exactly")
     shape = leaf.shape or (1,)
-    return replace(param, parts=(), within=None) if param else ParamSpec(shape, lambda shape, _: torch.zeros(shape))
+    return replace(param, parts=(), within=None) if param else ParamSpec(shape, zeros)
 
 
 # --- From the command line
