@@ -332,7 +332,7 @@ class _Differentiable(torch.autograd.Function):
         if offload:
             values = _outputs(pair.forward)
             kept = {("x", 0): x} | {("saved", i): values[i] for kind, i in pair.wants if kind == "saved"}
-            for at in kept.keys() & set(pair.wants):
+            for at in [at for at in dict.fromkeys(pair.wants) if at in kept]:  # in an order that does not change
                 if isinstance(kept[at], Tensor):  # and no size that depends on the data
                     ctx.proxies[at] = _call(to_host, _like(kept[at]), ctx.proxies[at])
                     ctx.away[at] = kept[at]

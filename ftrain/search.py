@@ -122,7 +122,7 @@ def try_mesh(cfg: PlanConfig) -> list[Tried]:
 def in_full(cfg: PlanConfig) -> list[Tried]:
     of = asked(cfg)
     full = forecast(cfg, of)
-    seen = judged(cfg, Estimate(full.peak.bytes, full.tokens_per_s), of)
+    seen = judged(cfg, estimated(full), of)
     return [seen._replace(full=as_json(full, of.hardware) | {"command": command(full)})]
 
 
@@ -148,8 +148,7 @@ def estimate(cfg: PlanConfig, of: Asked) -> Estimate:
     layers = getattr(of.model.cfg, "layers", 0)
     shallow = [of_depth(of.model, n) for n in SHALLOW] if layers > max(SHALLOW) else [None]
     if None in shallow:
-        full = forecast(cfg, of)
-        return Estimate(full.peak.bytes, full.tokens_per_s)
+        return estimated(forecast(cfg, of))
     low = forecast(cfg, of._replace(model=shallow[0]))
     if low.peak.bytes > of.hardware.memory:  # the deep one's is larger
         return Estimate(low.peak.bytes, low.tokens_per_s)
@@ -160,6 +159,10 @@ def estimate(cfg: PlanConfig, of: Asked) -> Estimate:
 
     seconds = at(low.times.step, high.times.step)
     return Estimate(at(low.peak.bytes, high.peak.bytes), high.tokens_per_s * high.times.step / seconds)
+
+
+def estimated(full: Forecast) -> Estimate:
+    return Estimate(full.peak.bytes, full.tokens_per_s)
 
 
 def of_depth(model: Model, layers: int) -> Model | None:
