@@ -36,11 +36,10 @@ from .model import Model
 from .moments import write_
 from .optim import Optimizer
 from .pretrained import FILE_BYTES, hf_config
-from .safetensors_io import Layout, make_header, make_index, read_values, stem_for, write_file
+from .safetensors_io import INDEX, Layout, make_header, make_index, read_values, stem_for, write_file
 from .specs import ParamSpec, Specs, stored, to_stored, trainable, zeros
 from .state import State, gather_to, kept_by_optimizer, make_state, own_slices
 
-INDEX = ".safetensors.index.json"
 _MESSAGE = 2048  # bytes of an error message sent to the other ranks
 
 T = TypeVar("T")
@@ -173,7 +172,7 @@ def save(
         for kind in of_kinds:
             of_kind = [tmp / file.path for file in files if file.kind == kind]
             layouts = {Path(file.path).name: file.layout for file in files if file.kind == kind}
-            index = f"{stem if kind == 'model' else kind}.safetensors.index.json"
+            index = f"{stem if kind == 'model' else kind}{INDEX}"
             write_json(of_kind[0].with_name(index), make_index(layouts))
         of_job = {"step": step, "model_type": model.family, "ftrain": __version__, "rng": get_rng()}
         write_json(tmp / TRAIN_STATE / "train_state.json", {**meta, **of_job})

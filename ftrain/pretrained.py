@@ -17,7 +17,7 @@ from .layout import Placements
 from .model import Model, find_model
 from .optim import Optimizer
 from .safetensors_io import (
-    DTYPES, Entry, Layout, check_names, make_header, make_index, read_index, read_values, stem_for, values_from, write_file,
+    DTYPES, INDEX, Entry, Layout, check_names, make_header, make_index, read_index, read_values, stem_for, values_from, write_file,
 )  # fmt: skip
 from .specs import ParamSpec, stored
 from .state import State, initial, make_state
@@ -130,7 +130,7 @@ def export(
         tmp.mkdir(parents=True)
         for file, layout in files.items():
             write_file(tmp / file, layout, _read_all(entries, layout))
-        write_json(tmp / f"{stem}.safetensors.index.json", make_index(files))
+        write_json(tmp / f"{stem}{INDEX}", make_index(files))
         for path in source.iterdir():  # tokenizer, generation config, chat template
             known = path.suffix in (".json", ".txt", ".model", ".jinja") and not path.name.endswith(".index.json")
             if path.is_file() and known and path.name != "config.json":

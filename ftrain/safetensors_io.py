@@ -29,6 +29,7 @@ _ALL, _FEW = 20, 3  # an error names so many tensors in all, or of each kind so 
 _EXPERT = re.compile(r"(?P<experts>.*\.experts)\.\d+\.(?P<projection>gate|up|down)_proj\.weight")
 
 Slices = tuple[slice, ...]
+INDEX = ".safetensors.index.json"  # how the name of a checkpoint's index ends
 Values = Callable[[str, ParamSpec, Slices], Tensor]
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # a file's tensors, in the file's order
 
@@ -73,7 +74,7 @@ def read_index(directory: Path, kind: str = "model") -> dict[str, Entry]:
     """
     directory = Path(directory)
     for stem in STEMS if kind in STEMS else (kind,):
-        index, single = directory / f"{stem}.safetensors.index.json", directory / f"{stem}.safetensors"
+        index, single = directory / f"{stem}{INDEX}", directory / f"{stem}.safetensors"
         if index.is_file():
             return _of_index(index)
         if single.is_file():

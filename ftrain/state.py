@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement, Shard
 
 from .collectives import Group, all_gather, all_to_all, group_over
-from .layout import Pieces, Placements, cut, shard_slices
+from .layout import Pieces, Placements, coordinate, cut, shard_slices
 from .moments import Coded, blocks, dtypes, read
 from .optim import Optimizer
 from .specs import ParamSpec, Specs, trainable
@@ -70,10 +70,7 @@ def gather_to(t: DTensor | Coded, rank: int) -> Tensor | None:
     Each piece goes to that rank alone: an all-gather would send the model to every rank.
     """
     mesh = t.device_mesh
-    there: list[int] = []
-    for n in reversed(mesh.shape):
-        rank, at = divmod(rank, n)
-        there.insert(0, at)
+    there = coordinate(rank, mesh.shape)
     dims, pieces, group = _pieces(t)
     if any(mesh.get_coordinate()[i] != at for i, at in enumerate(there) if i not in dims):
         return None  # among these ranks are copies of the pieces, but not the one to receive them

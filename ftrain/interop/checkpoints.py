@@ -20,7 +20,7 @@ from .. import checkpoint
 from ..disk import MANIFEST, TRAIN_STATE, read_json, read_manifest, verify
 from ..mesh import Mesh, device_mesh
 from ..model import Model
-from ..safetensors_io import Values, read_index, read_values, values_from
+from ..safetensors_io import INDEX, Values, read_index, read_values, values_from
 from ..specs import ParamSpec, Specs, zeros
 from ..state import State, kept_by_optimizer, place
 from .trees import to_jax
@@ -51,8 +51,8 @@ def load_state(directory: str | os.PathLike, model: Model, shardings: Shardings)
     params = load_params(directory, model, shardings)
     mesh = next(iter(shardings.values())).mesh
     of_kinds = {}
-    for index in sorted((directory / TRAIN_STATE).glob("*.safetensors.index.json")):
-        kind = index.name.removesuffix(".safetensors.index.json")
+    for index in sorted((directory / TRAIN_STATE).glob(f"*{INDEX}")):
+        kind = index.name.removesuffix(INDEX)
         entries = read_index(directory / TRAIN_STATE, kind)
         specs = {name: ParamSpec(entry.shape, zeros) for name, entry in entries.items()}
         placed = {name: shardings.get(name, NamedSharding(mesh, PartitionSpec())) for name in specs}

@@ -48,17 +48,16 @@ def from_optax(transform: optax.GradientTransformation) -> Optimizer:
     def kinds(specs: Specs) -> dict[str, dict[str, ParamSpec]]:
         found: dict[str, dict[str, ParamSpec]] = {}
         for (kind, name), leaf in _leaves(transform, _whole(specs)):
-            found.setdefault(kind, {})[name] = _spec(None if kind == NUMBERS else specs[name], leaf, kind, name)
+            found.setdefault(kind, {})[name] = _spec(None if kind == NUMBERS else specs[name], leaf)
         return found
 
     def init(specs: Specs, params: Mapping[str, Tensor], cut: Collection[str]) -> dict[str, dict[str, Tensor]]:
-        kinds(specs)  # raises
         trained = {name: params[name] for name in trainable(specs)}
         whole = _whole(specs)
+        places = [place for place, _ in _leaves(transform, whole)]
         check_elementwise(transform.init, [whole], [_parts(whole, cut)], sorted(whole), {*cut} & whole.keys())
         device = next(iter(trained.values())).device
         state = transform.init({name: to_jax(t.detach(), copy=True) for name, t in trained.items()})
-        places = [place for place, _ in _leaves(transform, whole)]
         values: dict[str, dict[str, Tensor]] = {}
         for (kind, name), leaf in zip(places, jax.tree.leaves(state), strict=True):
             value = from_jax(leaf).to(device).clone()
@@ -149,7 +148,7 @@ def _leaves(
 ) -> list[tuple[tuple[str, str], jax.ShapeDtypeStruct]]:
     """Of each leaf of the state: its kind and name, and its shape for whole parameters. What has a parameter's shape, at
     that parameter's place in a tree of them, has its name; all else is of the kind NUMBERS. Raises ValueError for two of
-    one name."""
+    one name, and for what a checkpoint would not hold exactly."""
     found = []
     for path, leaf in tree_flatten_with_path(jax.eval_shape(transform.init, dict(whole)))[0]:
         last = path[-1] if path else None
@@ -160,6 +159,9 @@ def _leaves(
     places = Counter(place for place, _ in found)
     if twice := [name for (_, name), n in places.items() if n > 1]:
         raise ValueError(f"the optimizer keeps two tensors called {twice[0]}: give its parts other labels")
+    for (kind, name), leaf in found:
+        if str(leaf.dtype) not in ("float32", "bfloat16", "float16", "int32", "int16", "int8", "bool"):
+            raise ValueError(f"the optimizer keeps {kind}, {name}, as {leaf.dtype}, which a checkpoint would not hold exactly")
     return found
 
 
@@ -168,11 +170,8 @@ def _dotted(path: tuple) -> str:
     return f"{NUMBERS}.{quote(keystr(path, simple=True, separator='.'), safe='.')}"
 
 
-def _spec(param: ParamSpec | None, leaf: jax.ShapeDtypeStruct, kind: str, name: str) -> ParamSpec:
-    if str(leaf.dtype) not in ("float32", "bfloat16", "float16", "int32", "int16", "int8", "bool"):
-        raise ValueError(f"the optimizer keeps {kind}, {name}, as {leaf.dtype}, which a checkpoint would not hold exactly")
-    shape = leaf.shape or (1,)
-    return replace(param, parts=(), within=None) if param else ParamSpec(shape, zeros)
+def _spec(param: ParamSpec | None, leaf: jax.ShapeDtypeStruct) -> ParamSpec:
+    return replace(param, parts=(), within=None) if param else ParamSpec(leaf.shape or (1,), zeros)
 
 
 # --- From the command line
