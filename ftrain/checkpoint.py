@@ -264,11 +264,12 @@ def restore(
 
     def read() -> tuple[State, dict[str, Any]]:
         of_kinds = kinds(specs, kept)
+        wanted = of_kinds.keys() - {"model"}
         there = {path.name.removesuffix(INDEX) for path in (directory / TRAIN_STATE).glob(f"*{INDEX}")}
-        if there != of_kinds.keys() - {"model"}:
+        if there != wanted:
             raise ValueError(
                 f"{directory} holds {', '.join(sorted(there)) or 'nothing'} of its optimizer, not "
-                f"{', '.join(sorted(of_kinds.keys() - {'model'})) or 'nothing'}: another --optimizer wrote it; go on with "
+                f"{', '.join(sorted(wanted)) or 'nothing'}: another --optimizer wrote it; go on with "
                 f"that, or begin a new run with its weights (--init {directory} and another --out)"
             )
         values = {

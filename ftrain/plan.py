@@ -11,7 +11,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from . import plans
 from .config import did_you_mean
-from .files import import_file
+from .files import import_function
 from .layout import Placements, check_placements
 from .mesh import Mesh
 from .specs import Specs
@@ -29,13 +29,7 @@ def find_plan(which: str) -> Plan:
     """A plan by its name in plans/, or `file.py:function`. Raises ValueError naming what is valid."""
     if ":" in which or which.endswith(".py"):
         path, _, function = which.rpartition(":") if ":" in which else (which, "", Path(which).stem)
-        module = import_file(path, f"--plan {which}")
-        plan = getattr(module, function, None)
-        if not callable(plan):
-            found = [n for n, f in vars(module).items() if callable(f) and getattr(f, "__module__", "") == module.__name__]
-            valid = ", ".join(found) or "none"
-            raise ValueError(f"--plan {which}: {path} has no function {function!r}; it has {valid}")
-        return plan
+        return import_function(path, function, f"--plan {which}")
     names = plan_names()
     if which not in names:
         near = did_you_mean(which, names)

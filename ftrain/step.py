@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from .collectives import Group, all_reduce
 from .graph import one_graph
+from .layout import cut
 from .loss import cross_entropy, load_balance, router_z
 from .model import Model
 from .ops import Ops, Output
@@ -147,7 +148,7 @@ def make_train_step(
     if not trained:
         raise ValueError("every parameter is frozen: there is nothing to train")
 
-    parted = {name for name, copies in sharding.copies.items() if copies < sharding.world.size}
+    parted = cut(sharding.placements, sharding.mesh.shape)
 
     def graph(params, mu, nu, extra, total, step, batch, totals, last, so_far):
         grads, parts, routed = gradients(model, sharding, ops, recipe, params, batch, totals)

@@ -15,7 +15,7 @@ from jax.tree_util import DictKey, keystr, tree_flatten_with_path
 from torch import Tensor
 
 from ..config import TrainConfig, did_you_mean
-from ..files import import_file
+from ..files import import_function
 from ..optim import Optimizer
 from ..specs import ParamSpec, Specs, trainable, zeros
 from .elementwise import check_elementwise
@@ -189,10 +189,7 @@ def find_optimizer(cfg: TrainConfig, specs: Specs) -> tuple[Optimizer, str]:
         raise ValueError(f"--optimizer-state {cfg.optimizer_state}: of AdamW alone; optax keeps its state as it does")
     if ":" in which:
         path, _, function = which.rpartition(":")
-        make = getattr(import_file(path, f"--optimizer {cfg.optimizer}"), function, None)
-        if not callable(make):
-            raise ValueError(f"--optimizer {cfg.optimizer}: {path} has no function {function!r}")
-        transform, words = make(specs), which
+        transform, words = import_function(path, function, f"--optimizer {cfg.optimizer}")(specs), which
         if not isinstance(transform, optax.GradientTransformation | optax.GradientTransformationExtraArgs):
             raise ValueError(f"--optimizer {cfg.optimizer}: {function} returns {transform!r}, and no GradientTransformation")
         return from_optax(transform), words
